@@ -1,0 +1,47 @@
+# `make help` lists the commands. Settings: make book DATA=/path/to/camus PROFILE=smoke PYTHON=python3.12
+PYTHON ?= python3
+PROFILE ?= cpu
+DATA ?=
+PIP_ARGS ?=
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check
+INSTALLED := .venv/.installed
+
+.PHONY: help book test lab check clean distclean
+
+help:
+	@echo "make book       execute the chapters and build the pages (DATA=folder, PROFILE=smoke|cpu|gpu|paper)"
+	@echo "make test       run the tests"
+	@echo "make lab        open the chapters in JupyterLab"
+	@echo "make check      ruff: format and lint"
+	@echo "make clean      remove what was built; make distclean removes .venv too"
+
+book: $(INSTALLED)
+	$(BIN)/python -m diffecho_utils book --profile "$(PROFILE)" $(if $(DATA),--data "$(DATA)")
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+lab: $(INSTALLED)
+	$(BIN)/jupyter lab notebooks
+
+check: $(INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+clean:
+	rm -rf _build
+
+distclean: clean
+	rm -rf .venv
+
+# Needs the network; everything above does not.
+$(INSTALLED): requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || { \
+	  echo "Python 3.11, 3.12 or 3.13 is needed, and $(PYTHON) is not one: name one with PYTHON=python3.12"; \
+	  exit 1; }
+	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv
+	$(PIP) $(PIP_ARGS) --requirement requirements.txt
+	$(PIP) --no-deps --no-build-isolation --editable .
+	@touch $@
