@@ -1,0 +1,144 @@
+"""Numbers with their provenance: what a chapter measured, where, when, on what, with which code.
+
+Every chapter. A page never holds a typed number: it computes it, or reads it from a record here.
+A record is one JSON file, `data/results/<world>/<profile>/<name>.json`.
+"""
+
+import datetime
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+from diffecho_utils import DiffEchoError, __version__
+
+LICENCES = {"camus": "CC-BY-NC-SA-4.0", "phantom": "CC0-1.0"}
+
+
+def save(directory, name, values, *, world, profile, command, seeds=(), split=None):
+    """Write `values` (a JSON-able dict; arrays and NaN allowed) with their provenance; returns the path."""
+    record = provenance(command) | {
+        "name": name,
+        "world": world,
+        "licence": LICENCES.get(world, "of the data"),
+        "profile": profile,
+        "split": split,
+        "seeds": list(seeds),
+        "values": values,
+    }
+    path = Path(directory) / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(_plain(record), indent=1, allow_nan=False) + "\n")
+    return path
+
+
+def load(path):
+    """The record at `path`: a dict with date, hardware, command, commit, seeds, ... and "values"."""
+    path = Path(path)
+    if not path.is_file():
+        raise DiffEchoError(
+            f"{path}: no such record; `python -m diffecho_utils book --record` makes it"
+        )
+    try:
+        record = json.loads(path.read_text())
+        missing = {"name", "date", "hardware", "command", "commit", "values"} - set(record)
+    except ValueError as error:
+        raise DiffEchoError(
+            f"{path}: not a record ({error}); restore it from the repository"
+        ) from None
+    if missing:
+        raise DiffEchoError(f"{path}: lacks {sorted(missing)}; restore it from the repository")
+    return record
+
+
+def describe(record):
+    """One line for a caption: "Recorded 2026-11-22 on ..., camus, profile cpu: `command`"."""
+    return (
+        f"Recorded {record['date']} on {record['hardware']}, {record['world']}, "
+        f"profile {record['profile']}, commit {record['commit']}: `{record['command']}`"
+    )
+
+
+def live(table, profile):
+    """One line for the caption of what this run computes: "Live: phantom, 60 patients, profile cpu"."""
+    return (
+        f"Live: {table.attrs['world']}, {table.patient.nunique()} patients, profile {profile.name}"
+    )
+
+
+def book_command(table, profile):
+    """The command that makes a chapter's numbers again, without this machine's paths."""
+    data = " DATA=/path/to/camus" if table.attrs["world"] == "camus" else ""
+    return f"make book{data} PROFILE={profile.name}"
+
+
+def provenance(command):
+    """Date, hardware, command, commit and versions of this run, as a JSON-able dict."""
+    packages = ("torch", "diffusers", "transformers", "monai", "torchmetrics", "numpy")
+    return {
+        "date": datetime.date.today().isoformat(),
+        "hardware": hardware(),
+        "command": command,
+        "commit": _commit(),
+        "versions": {"diffecho_utils": __version__, "python": platform.python_version()}
+        | {package: version(package) for package in packages},
+    }
+
+
+def hardware():
+    """This machine in words, e.g. "2-core CPU (AMD EPYC)" or "NVIDIA H100 80GB HBM3"."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{cores}-core CPU ({names[0] if names else platform.processor() or platform.machine()})"
+
+
+def write_text(path, text):
+    """Write a whole file or nothing: beside, then renamed."""
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text(text)
+    os.replace(beside, path)
+
+
+def _commit():
+    """Short commit of the checkout this package lies in, "+" where files differ from it."""
+    here = Path(__file__).resolve().parent
+    git = ["git", "-C", str(here)]
+    try:
+        name = subprocess.run(
+            [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+        )
+        dirty = subprocess.run([*git, "status", "--porcelain", str(here)], capture_output=True)
+    except OSError:
+        return f"release {__version__}"
+    if name.returncode:
+        return f"release {__version__}"
+    return name.stdout.strip() + ("+" if dirty.stdout.strip() else "")
+
+
+def _plain(value):
+    """Numpy values as Python's, NaN and infinities as None, floats with six significant digits."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set)):
+        return [_plain(item) for item in value]
+    if isinstance(value, np.ndarray):
+        return _plain(value.tolist())
+    if isinstance(value, (bool, np.bool_)):
+        return bool(value)
+    if isinstance(value, (int, np.integer)):
+        return int(value)
+    if isinstance(value, (float, np.floating)):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value

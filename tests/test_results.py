@@ -1,0 +1,72 @@
+"""Records carry their provenance and are whole; shipped files are found or their absence is said."""
+
+import json
+
+import numpy as np
+import pytest
+
+from diffecho_utils import DiffEchoError, assets, camus, profiles, results
+
+
+def test_record_goes_out_and_comes_back(tmp_path):
+    values = {
+        "a": np.float32(1.5),
+        "list": np.arange(3),
+        "nan": float("nan"),
+        "flag": np.bool_(True),
+    }
+    path = results.save(
+        tmp_path / "new",
+        "name",
+        values,
+        world="camus",
+        profile="cpu",
+        command="make book",
+        seeds=[1, 2],
+    )
+    record = results.load(path)
+    assert record["values"] == {"a": 1.5, "list": [0, 1, 2], "nan": None, "flag": True}
+    assert record["seeds"] == [1, 2] and record["licence"] == "CC-BY-NC-SA-4.0"
+    assert record["date"] in results.describe(record) and "make book" in results.describe(record)
+    assert {"torch", "diffusers", "python"} <= set(record["versions"])
+    assert [p.name for p in path.parent.iterdir()] == ["name.json"]
+
+
+def test_unusable_records_are_named(tmp_path):
+    with pytest.raises(DiffEchoError, match="no such record"):
+        results.load(tmp_path / "none.json")
+    (tmp_path / "half.json").write_text('{"name": ')
+    with pytest.raises(DiffEchoError, match="not a record"):
+        results.load(tmp_path / "half.json")
+    (tmp_path / "other.json").write_text(json.dumps({"name": "x"}))
+    with pytest.raises(DiffEchoError, match="lacks"):
+        results.load(tmp_path / "other.json")
+
+
+def test_captions_say_world_profile_and_command(phantom_root):
+    table, profile = camus.read_table(phantom_root), profiles.get("smoke")
+    assert results.live(table, profile) == "Live: phantom, 10 patients, profile smoke"
+    assert results.book_command(table, profile) == "make book PROFILE=smoke"
+    table.attrs["world"] = "camus"
+    assert results.book_command(table, profile) == "make book DATA=/path/to/camus PROFILE=smoke"
+
+
+def test_shipped_files_are_found_and_missing_ones_said(tmp_path, monkeypatch):
+    assert assets.checkpoint("camus", "autoencoder").is_dir()
+    with pytest.raises(DiffEchoError, match=r"beside it are \['autoencoder'"):
+        assets.checkpoint("camus", "video")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "_toc.yml").touch()
+    monkeypatch.setenv("DIFFECHO_ROOT", str(tmp_path))
+    assert assets.workspace() == tmp_path / "_build"
+    with pytest.raises(DiffEchoError, match="no files"):
+        assets.checkpoint("camus", "autoencoder")
+
+
+def test_every_shipped_record_is_readable_and_says_where_it_comes_from():
+    paths = sorted((assets.root() / "data" / "results").rglob("*.json"))
+    assert paths
+    for path in paths:
+        record = results.load(path)
+        assert (record["world"], record["profile"]) == (path.parts[-3], path.parts[-2])
+        assert record["name"] == path.stem and not record["commit"].startswith("release")
