@@ -1,0 +1,200 @@
+"""From the table of frames to tensors: resizing, joint jitter, and caches of frames and latents.
+
+Chapters 01 to 03. Images are float32 in [-1, 1], label maps uint8 with CAMUS's labels 0-3.
+"""
+
+import hashlib
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from diffecho_utils import camus
+
+_CACHE_VERSION = 1  # raise when the preprocessing below changes
+
+
+@dataclass(frozen=True)
+class Frames:
+    """images: (N, 1, S, S) float32 in [-1, 1]; masks: (N, S, S) uint8; table: N rows, spacing resized."""
+
+    images: torch.Tensor
+    masks: torch.Tensor
+    table: pd.DataFrame
+
+    def __len__(self):
+        return len(self.table)
+
+    def where(self, keep):
+        """The frames where `keep`, a boolean array or series of length N, is true."""
+        rows = np.flatnonzero(np.asarray(keep))
+        table = self.table.iloc[rows].reset_index(drop=True)
+        return Frames(self.images[rows], self.masks[rows], table)
+
+    @property
+    def classes(self):
+        """(N,) int64: index of each frame's view and phase in `camus.CLASSES`."""
+        return torch.from_numpy(camus.class_index(self.table))
+
+
+def load_frames(table, side, keep_aspect=True, cache_dir=None):
+    """Read, square and stack the frames of a table (`camus.read_table`) as `Frames` of `side` pixels.
+
+    With `cache_dir` the result is kept there and read back as long as the files (name, size, time)
+    and the settings stay the same. Raises DiffEchoError for the first unusable file.
+    """
+    key = [_CACHE_VERSION, side, keep_aspect]
+    for path in [*table["image"], *table["label_map"]]:
+        status = os.stat(path)
+        key.append((str(path), status.st_size, status.st_mtime_ns))
+
+    def make():
+        with ThreadPoolExecutor() as pool:
+            arrays = list(pool.map(lambda row: _square(row, side, keep_aspect), table.itertuples()))
+        images, masks, spacing = zip(*arrays, strict=True)
+        return {
+            "images": torch.stack(images),
+            "masks": torch.stack(masks),
+            "spacing": torch.tensor(spacing, dtype=torch.float64),
+        }
+
+    cached_ = cached(cache_dir, "frames", key, make)
+    table = table.reset_index(drop=True)
+    table[["lateral_mm", "depth_mm"]] = cached_["spacing"].numpy()
+    return Frames(cached_["images"].float() / 127.5 - 1, cached_["masks"], table)
+
+
+def to_square(image, mask, spacing, side, keep_aspect=True):
+    """Resize a picture and its label map to `side` x `side`.
+
+    image: (H, W) float32, mask: (H, W) uint8, spacing: (lateral_mm, depth_mm), NaN if unknown.
+    With `keep_aspect` the longer physical side fills the square and the rest is padded with
+    background: left and right alike, and below (the probe stays at the top); otherwise both sides
+    are stretched, as the paper's re-pack did. Images are resized bilinearly with anti-aliasing, label
+    maps by nearest neighbour. Returns (image, mask, new spacing) as (S, S) tensors.
+    """
+    lateral, depth = (1.0, 1.0) if np.isnan(spacing).any() else spacing
+    height, width = image.shape
+    longest = max(height * depth, width * lateral)
+    rows = round(side * height * depth / longest) if keep_aspect else side
+    columns = round(side * width * lateral / longest) if keep_aspect else side
+    left = (side - columns) // 2
+    padding = (left, side - columns - left, 0, side - rows)
+    image = torch.from_numpy(np.array(image, dtype=np.float32))[None, None]
+    image = F.interpolate(image, (rows, columns), mode="bilinear", antialias=True)[0, 0]
+    mask = torch.from_numpy(np.array(mask, dtype=np.uint8))[None, None]
+    mask = F.interpolate(mask, (rows, columns), mode="nearest-exact")[0, 0]
+    scaled = (spacing[0] * width / columns, spacing[1] * height / rows)
+    return F.pad(image, padding), F.pad(mask, padding), scaled
+
+
+def jitter(images, masks, generator, degrees=8.0, shift=0.05, zoom=0.1, gain=0.15, contrast=0.2):
+    """One random affine map for each image and its label map, then brightness and contrast.
+
+    images: (N, 1, H, W) in [-1, 1], masks: (N, H, W) uint8. Rotation in +-degrees, translation in
+    +-shift of the side, zoom in 1 +-zoom, intensity x -> contrast * x + gain. No flips: a mirrored
+    four-chamber view is an anatomy that does not exist (chapter 03 measures what flips do).
+    """
+    n = len(images)
+
+    def uniform(half_width):
+        return (torch.rand(n, generator=generator) * 2 - 1) * half_width
+
+    angle = torch.deg2rad(uniform(degrees))
+    scale = 1 + uniform(zoom)
+    cos, sin = scale * torch.cos(angle), scale * torch.sin(angle)
+    rows = [cos, -sin, 2 * uniform(shift), sin, cos, 2 * uniform(shift)]
+    grid = F.affine_grid(torch.stack(rows, 1).reshape(n, 2, 3), images.shape, align_corners=False)
+    zero = (images + 1) / 2  # pad with black, the value outside the sector
+    moved = F.grid_sample(zero, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    labels = F.grid_sample(
+        masks[:, None].float(), grid, mode="nearest", padding_mode="zeros", align_corners=False
+    )
+    factor, offset = (1 + uniform(contrast)), uniform(gain)
+    sector = moved > 0.5 / 255  # the black surround stays black
+    lit = (moved * factor.view(n, 1, 1, 1) + offset.view(n, 1, 1, 1) * sector).clamp(0, 1)
+    return lit * 2 - 1, labels[:, 0].to(torch.uint8)
+
+
+@torch.no_grad()
+def encode(vae, images, batch=64):
+    """Latents of images, scaled to unit variance: (N, 1, H, W) -> (N, C, H/f, W/f) float32 on the CPU."""
+    device = next(vae.parameters()).device
+    parts = [
+        vae.encode(part.to(device)).latent_dist.mean.float().cpu() for part in images.split(batch)
+    ]
+    return torch.cat(parts) * vae.config.scaling_factor
+
+
+@torch.no_grad()
+def decode(vae, latents, batch=64):
+    """Images of latents, in [-1, 1]: (N, C, h, w) -> (N, 1, H, W) float32 on the CPU."""
+    device = next(vae.parameters()).device
+    parts = (latents / vae.config.scaling_factor).split(batch)
+    return torch.cat([vae.decode(part.to(device)).sample.float().cpu() for part in parts]).clamp(
+        -1, 1
+    )
+
+
+def latent_views(vae, frames, views=1, seed=0, cache_dir=None, **amounts):
+    """Latents of each frame as it is and of `views` - 1 copies under `jitter(**amounts)`, for training.
+
+    Returns {"latents": (views * N, C, h, w) float32, "class_labels": (views * N,) int64}. Cached in
+    `cache_dir` under the frames, the autoencoder's weights and the settings.
+    """
+    weights = hashlib.sha256()
+    for tensor in vae.state_dict().values():
+        weights.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    content = hashlib.sha256(frames.images.numpy()).hexdigest()
+    key = [_CACHE_VERSION, weights.hexdigest(), content, views, seed, amounts]
+
+    def make():
+        generator = torch.Generator().manual_seed(seed)
+        parts = [encode(vae, frames.images)]
+        for _ in range(views - 1):
+            copies, _ = jitter(frames.images, frames.masks, generator, **amounts)
+            parts.append(encode(vae, copies))
+        return {"latents": torch.cat(parts)}
+
+    latents = cached(cache_dir, "latents", key, make)["latents"]
+    return {"latents": latents, "class_labels": frames.classes.repeat(views)}
+
+
+def cached(cache_dir, name, key, make):
+    """`make()`'s dict of tensors, kept as safetensors under `cache_dir`/name-<hash of key>; None: no cache."""
+    if cache_dir is None:
+        return make()
+    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+    path = Path(cache_dir) / f"{name}-{digest}.safetensors"
+    if path.is_file():
+        try:
+            return load_file(path)
+        except SafetensorError:
+            path.unlink()  # damaged from outside: made again below
+    tensors = make()
+    save_tensors(path, tensors)
+    return tensors
+
+
+def save_tensors(path, tensors, facts=None):
+    """Write tensors (a dict) as safetensors, whole or not at all; `facts`: {name: text}, its header."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    save_file(tensors, beside, metadata=facts)
+    os.replace(beside, path)
+
+
+def _square(row, side, keep_aspect):
+    image, mask = camus.read_frame(row)
+    spacing = (row.lateral_mm, row.depth_mm)
+    image, mask, spacing = to_square(image, mask, spacing, side, keep_aspect)
+    return image.round().clamp(0, 255).to(torch.uint8)[None], mask, spacing
