@@ -1,0 +1,248 @@
+"""The command line: `python -m diffecho_utils COMMAND --help`. Thin over what the notebooks call."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from diffecho_utils import DiffEchoError, camus
+
+
+def main(arguments=None):
+    """Run one command; returns the exit status: 0 done, 1 bad input (said in a line), 130 interrupted."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.run(options) or 0
+    except DiffEchoError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def phantom_command(options):
+    from diffecho_utils import phantom
+
+    root = phantom.write(
+        options.out,
+        patients=options.patients,
+        seed=options.seed,
+        half_sequences=options.half_sequences,
+        progress=_progress("patients"),
+    )
+    print(f"wrote {options.patients} patients to {root}")
+
+
+def check_command(options):
+    problems = camus.check(options.root, progress=None if options.json else _progress("frames"))
+    if options.json:
+        pairs = [dict(zip(("path", "problem"), p.split(": ", 1), strict=True)) for p in problems]
+        print(
+            json.dumps(
+                {"root": str(options.root), "usable": not problems, "problems": pairs}, indent=1
+            )
+        )
+        return int(bool(problems))
+    for problem in problems:
+        print(problem)
+    if problems:
+        print(f"{len(problems)} problem{'s' if len(problems) > 1 else ''} in {options.root}")
+        return 1
+    table = camus.read_table(options.root)
+    splits = table.groupby("split", dropna=False).patient.nunique().to_dict()
+    print(f"{options.root}: {len(table)} frames of {table.patient.nunique()} patients, all usable")
+    print("patients in each split: " + ", ".join(f"{k or 'none'} {n}" for k, n in splits.items()))
+    return 0
+
+
+def train_command(options):
+    from diffecho_utils import assets, data, profiles, results, training
+
+    profile = profiles.get(options.profile)
+    table = camus.select(
+        camus.read_table(options.data), split=options.split, patients=profile.patients
+    )
+    cache = assets.workspace() / "cache"
+    frames = data.load_frames(table, profile.side, cache_dir=cache)
+    command = f"python -m diffecho_utils train {options.model} --profile {profile.name} --seed {options.seed}"
+    settings = dict(
+        resume=options.resume,
+        provenance=results.provenance(command),
+        progress=lambda line: print(line, flush=True),
+        seed=options.seed,
+    )
+    if options.model == "autoencoder":
+        training.train_autoencoder(frames, profile, options.out, **settings)
+    else:
+        world = table.attrs["world"]
+        autoencoder = options.autoencoder or assets.checkpoint(world, "autoencoder")
+        training.train_unconditional(
+            frames, autoencoder, profile, options.out, cache_dir=cache, **settings
+        )
+    print(f"wrote {options.out}")
+
+
+def sample_command(options):
+    from diffecho_utils import models, sampling
+
+    generator = models.load_unconditional(options.checkpoint)
+    facts = {"model": options.model} | {
+        key: models.read_training(options.checkpoint).get(key)
+        for key in ("world", "profile", "commit")
+    }
+    table = sampling.write_synthetic(
+        generator,
+        options.out,
+        options.n,
+        options.steps,
+        seed=options.seed,
+        facts=facts,
+        progress=_progress("images"),
+    )
+    print(f"wrote {len(table)} images, {options.n} of each class, to {options.out}")
+
+
+def evaluate_command(options):
+    from diffecho_utils import assets, data, metrics, models, profiles, results, sampling
+
+    profile = profiles.get(options.profile)
+    table = camus.read_table(options.data)
+    world = table.attrs["world"]
+    vae = models.load_autoencoder(options.autoencoder or assets.checkpoint("camus", "autoencoder"))
+    cache = assets.workspace() / "cache"
+    reference = data.load_frames(
+        camus.select(table, split="training", patients=profile.patients),
+        profile.side,
+        cache_dir=cache,
+    )
+    held_out = data.load_frames(
+        camus.select(table, split=options.split, patients=profile.patients),
+        profile.side,
+        cache_dir=cache,
+    )
+    images, metadata = sampling.read_synthetic(options.synthetic, profile.side)
+    values = metrics.distance_panel(
+        metrics.features(vae, images),
+        camus.class_index(metadata),
+        metrics.features(vae, reference.images),
+        reference.classes.numpy(),
+        metrics.features(vae, held_out.images),
+        held_out.classes.numpy(),
+        held_out.table["patient"].to_numpy(),
+    )
+    print(values.to_string(float_format="{:.3f}".format))
+    if options.json:
+        path = Path(options.json)
+        results.save(
+            path.parent,
+            path.stem,
+            values.to_dict("index"),
+            world=world,
+            profile=profile.name,
+            split=options.split,
+            command=f"python -m diffecho_utils evaluate --split {options.split} --profile {profile.name}",
+        )
+
+
+def book_command(options):
+    from diffecho_utils import book
+
+    book.build(
+        options.data,
+        options.profile,
+        chapters=options.chapter,
+        record=options.record,
+        force=options.force,
+    )
+
+
+def _progress(unit):
+    """A progress function for terminals: one line, rewritten; silent elsewhere but for the end."""
+
+    def progress(done, total):
+        if sys.stderr.isatty():
+            print(
+                f"\r{done}/{total} {unit}",
+                end="\n" if done == total else "",
+                file=sys.stderr,
+                flush=True,
+            )
+        elif done == total:
+            print(f"{done}/{total} {unit}", file=sys.stderr)
+
+    return progress
+
+
+def _parser():
+    parser = argparse.ArgumentParser(prog="python -m diffecho_utils", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name, run, help):
+        sub = commands.add_parser(name, help=help, description=help)
+        sub.set_defaults(run=run)
+        return sub
+
+    sub = command("phantom", phantom_command, "write a procedural stand-in for CAMUS")
+    sub.add_argument("out", type=Path, metavar="OUT")
+    sub.add_argument("--patients", type=int, default=60)
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument(
+        "--half-sequences", action="store_true", help="also write the ED-to-ES sequences"
+    )
+
+    sub = command(
+        "check", check_command, "list everything wrong with a CAMUS folder; exit 0 if nothing"
+    )
+    sub.add_argument("root", type=Path, metavar="ROOT")
+    sub.add_argument("--json", action="store_true", help="print the list as JSON")
+
+    sub = command("train", train_command, "train a network; interrupted runs go on with --resume")
+    sub.add_argument("model", choices=("autoencoder", "unconditional"), metavar="MODEL")
+    sub.add_argument("--data", type=Path, required=True, metavar="ROOT")
+    sub.add_argument("--split", default="training", choices=camus.SPLITS)
+    sub.add_argument("--profile", default="cpu")
+    sub.add_argument("--out", type=Path, required=True, metavar="DIR")
+    sub.add_argument(
+        "--autoencoder", type=Path, metavar="DIR", help="default: the shipped one of this world"
+    )
+    sub.add_argument("--resume", action="store_true")
+    sub.add_argument("--seed", type=int, default=0)
+
+    sub = command(
+        "sample", sample_command, "write a synthetic data set; interrupted runs go on when repeated"
+    )
+    sub.add_argument("model", choices=("unconditional",), metavar="MODEL")
+    sub.add_argument("--checkpoint", type=Path, required=True, metavar="DIR")
+    sub.add_argument("--out", type=Path, required=True, metavar="DIR")
+    sub.add_argument("--n", type=int, default=50, help="images of each of the four classes")
+    sub.add_argument("--steps", type=int, default=20, help="DPM-Solver++ steps")
+    sub.add_argument(
+        "--seed", type=int, default=0, help="seed of the first image; the next counts on"
+    )
+
+    sub = command(
+        "evaluate", evaluate_command, "Frechet distance of a synthetic set from a CAMUS folder"
+    )
+    sub.add_argument("synthetic", type=Path, metavar="SYNTHETIC")
+    sub.add_argument("--data", type=Path, required=True, metavar="ROOT")
+    sub.add_argument("--split", default="validation", choices=camus.SPLITS, help="held-out split")
+    sub.add_argument("--profile", default="cpu")
+    sub.add_argument("--autoencoder", type=Path, metavar="DIR", help="default: the shipped one")
+    sub.add_argument("--json", metavar="FILE")
+
+    sub = command("book", book_command, "execute the chapters and build the pages")
+    sub.add_argument(
+        "--data", type=Path, metavar="ROOT", help="a CAMUS folder; default: the phantom"
+    )
+    sub.add_argument("--profile", default="cpu")
+    sub.add_argument("--chapter", nargs="*", help="only these, e.g. 01_camus_data")
+    sub.add_argument("--record", action="store_true", help="write what is measured to data/results")
+    sub.add_argument(
+        "--force", action="store_true", help="execute chapters that did not change, too"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,146 @@
+"""The book's figures: grids of echocardiograms, label maps over them, curves, and their captions.
+
+Every chapter. Functions return a matplotlib Figure; `show` displays it with its caption.
+"""
+
+import matplotlib.pyplot as plt
+import numpy as np
+from IPython.display import Markdown, display
+from matplotlib.colors import to_rgb
+from matplotlib.patches import Patch
+
+from diffecho_utils.camus import LABELS
+
+# Okabe and Ito's palette: told apart by colour-blind readers, on black and on white.
+LABEL_COLOURS = {"LV cavity": "#56b4e9", "myocardium": "#e69f00", "LA": "#cc79a7"}
+SERIES_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+
+_STYLE = {
+    "figure.dpi": 110,
+    "figure.facecolor": "white",
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "legend.frameon": False,
+    "axes.prop_cycle": plt.cycler(color=SERIES_COLOURS),
+}
+
+
+def show(figure, caption, source):
+    """Display a figure and, below it, its caption and where it comes from (live or recorded)."""
+    display(figure)
+    plt.close(figure)
+    display(Markdown(f"**Figure.** {caption} *{source}.*"))
+
+
+def frames(images, titles=None, masks=None, columns=None, outline=True, width=1.6):
+    """Grid of pictures, each with its title and its label map.
+
+    images: (N, 1, H, W) or (N, H, W), in [-1, 1]; masks: (N, H, W) CAMUS labels, drawn as outlines,
+    or as translucent areas with `outline=False`; width: inches of one picture.
+    """
+    images = np.asarray(images).reshape(-1, *np.asarray(images).shape[-2:])
+    columns = columns or min(len(images), 8)
+    rows = -(-len(images) // columns)
+    height = width * images.shape[1] / images.shape[2]
+    with plt.rc_context(_STYLE):
+        figure, axes = plt.subplots(
+            rows,
+            columns,
+            squeeze=False,
+            figsize=(columns * width, rows * (height + (0.25 if titles is not None else 0.05))),
+            layout="constrained",
+        )
+        for axis in axes.flat:
+            axis.axis("off")
+        for i, (axis, image) in enumerate(zip(axes.flat, images, strict=False)):
+            axis.imshow(image, cmap="gray", vmin=-1, vmax=1, interpolation="lanczos")
+            if masks is not None:
+                _draw_labels(axis, np.asarray(masks[i]), outline)
+            if titles is not None:
+                axis.set_title(titles[i])
+        if masks is not None:
+            legend = [Patch(color=colour, label=name) for name, colour in LABEL_COLOURS.items()]
+            figure.legend(handles=legend, loc="outside lower center", ncols=3)
+    return figure
+
+
+def label_picture(masks):
+    """Label maps as colours: (N, H, W) -> (N, H, W, 3) in [0, 1], background black."""
+    palette = np.zeros((4, 3))
+    for name, colour in LABEL_COLOURS.items():
+        palette[LABELS[name]] = to_rgb(colour)
+    return palette[np.asarray(masks)]
+
+
+def curves(series, xlabel, ylabel, *, bands=None, log_y=False, size=(5.0, 3.0)):
+    """Lines: {name: (x, y)}, with optional bands {name: (low, high)} around them."""
+    with plt.rc_context(_STYLE):
+        figure, axis = plt.subplots(figsize=size, layout="constrained")
+        for name, (x, y) in series.items():
+            (line,) = axis.plot(x, y, label=name)
+            if bands and name in bands:
+                axis.fill_between(x, *bands[name], color=line.get_color(), alpha=0.2, lw=0)
+        axis.set(xlabel=xlabel, ylabel=ylabel, yscale="log" if log_y else "linear")
+        if len(series) > 1:
+            axis.legend()
+    return figure
+
+
+def histograms(series, xlabel, *, bins=30, size=(5.0, 2.6), reference=None):
+    """Overlaid densities of {name: values}; `reference`: {text: x} marks values by a vertical line."""
+    values = np.concatenate([np.asarray(v).ravel() for v in series.values()])
+    edges = np.linspace(*np.nanquantile(values, [0.001, 0.999]), bins + 1)
+    with plt.rc_context(_STYLE):
+        figure, axis = plt.subplots(figsize=size, layout="constrained")
+        for name, v in series.items():
+            axis.hist(
+                np.asarray(v).ravel(), edges, density=True, histtype="step", lw=1.6, label=name
+            )
+        for text, x in (reference or {}).items():
+            axis.axvline(x, color="0.3", ls=":", lw=1)
+            axis.annotate(text, (x, axis.get_ylim()[1]), fontsize=8, ha="left", va="top")
+        axis.set(xlabel=xlabel, ylabel="density")
+        axis.legend()
+    return figure
+
+
+def intervals(values, xlabel, *, floor=None, size=(5.0, None)):
+    """One row a name: {name: (value, low, high)}.
+
+    `floor`: the band that noise alone gives, (low, high), or a dict of one for each name.
+    """
+    names = list(values)
+    with plt.rc_context(_STYLE):
+        height = size[1] or 0.8 + 0.32 * len(names)
+        figure, axis = plt.subplots(figsize=(size[0], height), layout="constrained")
+        bands = floor if isinstance(floor, dict) else dict.fromkeys(names, floor)
+        for row, name in enumerate(names):
+            if bands[name] is not None:
+                low, high = bands[name]
+                label = None if row else "real against real"
+                axis.fill_betweenx(
+                    [row - 0.5, row + 0.5], low, high, color="0.5", alpha=0.25, lw=0, label=label
+                )
+            value, low, high = values[name]
+            axis.plot([low, high], [row, row], color=SERIES_COLOURS[0], lw=2)
+            axis.plot(value, row, "o", color=SERIES_COLOURS[0])
+        axis.set(yticks=range(len(names)), yticklabels=names, xlabel=xlabel)
+        axis.set_ylim(len(names) - 0.5, -0.5)
+        if floor is not None:
+            axis.legend(loc="best")
+    return figure
+
+
+def _draw_labels(axis, mask, outline):
+    if outline:
+        for name in ("myocardium", "LA", "LV cavity"):  # shared borders show the cavity's colour
+            region = mask == LABELS[name]
+            if region.any():
+                axis.contour(region, levels=[0.5], colors=[LABEL_COLOURS[name]], linewidths=1.2)
+        return
+    alpha = 0.55 * (mask > 0)
+    axis.imshow(np.dstack([label_picture(mask), alpha]), interpolation="nearest")

@@ -1,0 +1,147 @@
+"""From noise to echocardiograms: run a solver, and write a synthetic data set.
+
+Chapter 03.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from diffusers import DPMSolverMultistepScheduler
+from PIL import Image, UnidentifiedImageError
+
+from diffecho_utils import DiffEchoError, camus, data, results
+
+METADATA = ["file_name", "view", "phase", "prompt", "seed", "label_map"]
+
+
+@torch.no_grad()
+def sample(generator, classes, seeds, steps, *, scheduler=None, batch=50, progress=None):
+    """Draw one image for each class and seed: (N, 1, H, W) float32 in [-1, 1].
+
+    generator: `models.Generator`; classes: N indices into `camus.CLASSES`; seeds: N integers, each of
+    which fixes its image's noise whatever the batch. `scheduler` is any diffusers scheduler built
+    from the generator's configuration; the default, DPM-Solver++, needs about 20 steps.
+    `progress(done, N)` is called after each batch.
+    """
+    if len(classes) != len(seeds):
+        raise DiffEchoError(
+            f"{len(classes)} classes for {len(seeds)} seeds; give one of each an image"
+        )
+    if scheduler is None:
+        scheduler = DPMSolverMultistepScheduler.from_config(generator.scheduler.config)
+    device = next(generator.unet.parameters()).device
+    images = []
+    for first in range(0, len(seeds), batch):
+        part = slice(first, first + batch)
+        latents = initial_noise(seeds[part], generator.latent_shape).to(device)
+        labels = torch.as_tensor(classes[part], device=device)
+        scheduler.set_timesteps(steps, device=device)
+        latents = latents * scheduler.init_noise_sigma
+        for timestep in scheduler.timesteps:
+            inputs = scheduler.scale_model_input(latents, timestep)
+            prediction = generator.unet(inputs, timestep, class_labels=labels).sample
+            latents = scheduler.step(prediction, timestep, latents).prev_sample
+        images.append(data.decode(generator.vae, latents))
+        if progress:
+            progress(min(first + batch, len(seeds)), len(seeds))
+    return torch.cat(images)
+
+
+def initial_noise(seeds, shape):
+    """Standard normal noise, one draw a seed on the CPU: (N, *shape), the same on every device."""
+    draws = [torch.randn(shape, generator=torch.Generator().manual_seed(int(s))) for s in seeds]
+    return torch.stack(draws)
+
+
+def write_synthetic(
+    generator, folder, count, steps, *, seed=0, facts=None, progress=None, batch=50
+):
+    """Write `count` images of each class as a synthetic data set, and return its metadata table.
+
+    FOLDER/images/*.png (8-bit grey), metadata.csv (`METADATA`, one row an image) and dataset.json
+    (`facts` and the settings). Images that are there already are kept, so an interrupted run goes
+    on; metadata.csv is written last. Raises DiffEchoError if FOLDER holds a set of other settings.
+    """
+    folder = Path(folder)
+    settings = {"count": count, "steps": steps, "seed": seed} | (facts or {})
+    described = folder / "dataset.json"
+    if described.exists() and json.loads(described.read_text()).get("settings") != settings:
+        raise DiffEchoError(
+            f"{described}: made with other settings; choose another folder, or delete it"
+        )
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    results.write_text(described, json.dumps({"settings": settings}, indent=1) + "\n")
+    classes = np.repeat(np.arange(len(camus.CLASSES)), count)
+    table = pd.DataFrame(
+        {
+            "file_name": [f"images/{i:06d}.png" for i in range(len(classes))],
+            "view": [camus.CLASSES[c][0] for c in classes],
+            "phase": [camus.CLASSES[c][1] for c in classes],
+            "prompt": "",
+            "seed": seed + np.arange(len(classes)),
+            "label_map": "",
+        },
+        columns=METADATA,
+    )
+    todo = [i for i, name in enumerate(table["file_name"]) if not (folder / name).exists()]
+    for first in range(0, len(todo), batch):
+        rows = todo[first : first + batch]
+        images = sample(
+            generator, classes[rows], table["seed"].to_numpy()[rows], steps, batch=batch
+        )
+        for row, image in zip(rows, images, strict=True):
+            save_image(image, folder / table["file_name"][row])
+        if progress:
+            progress(len(table) - len(todo) + first + len(rows), len(table))
+    results.write_text(folder / "metadata.csv", table.to_csv(index=False))
+    return table
+
+
+def read_synthetic(folder, side):
+    """(images, table) of a synthetic data set: (N, 1, side, side) float32 in [-1, 1], metadata.
+
+    Images of another size are resized with anti-aliasing. Raises DiffEchoError for a folder without
+    metadata, missing or unreadable images, and colour images.
+    """
+    folder = Path(folder)
+    path = folder / "metadata.csv"
+    if not path.is_file():
+        raise DiffEchoError(
+            f"{path}: missing; `sample` writes it last: run it again to finish the set"
+        )
+    table = pd.read_csv(path, keep_default_na=False)
+    lost = sorted(set(METADATA) - set(table.columns))
+    if lost or table.empty:
+        raise DiffEchoError(
+            f"{path}: {f'lacks the columns {lost}' if lost else 'no rows'}; sample again"
+        )
+    images = []
+    for name in table["file_name"]:
+        try:
+            picture = Image.open(folder / name)
+            picture.load()
+        except (OSError, UnidentifiedImageError) as error:
+            raise DiffEchoError(
+                f"{folder / name}: named in metadata.csv, unreadable ({error})"
+            ) from None
+        if picture.mode != "L":
+            raise DiffEchoError(
+                f"{folder / name}: mode {picture.mode}, expected 8-bit grey (L); convert it"
+            )
+        array = np.asarray(picture, dtype=np.float32)
+        square, _, _ = data.to_square(array, np.zeros(array.shape), (1.0, 1.0), side)
+        images.append(square[None])
+    return torch.stack(images) / 127.5 - 1, table
+
+
+def save_image(image, path):
+    """Write one image (1, H, W) in [-1, 1] as 8-bit grey PNG, beside first, then renamed."""
+    pixels = ((image[0].clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu().numpy()
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    Image.fromarray(pixels).save(beside, format="PNG")
+    os.replace(beside, path)

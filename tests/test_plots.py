@@ -1,0 +1,60 @@
+"""Figures hold what they are given."""
+
+import numpy as np
+import pytest
+from matplotlib import pyplot as plt
+
+from diffecho_utils import plots
+
+
+@pytest.fixture(autouse=True)
+def close():
+    yield
+    plt.close("all")
+
+
+def test_grid_shows_every_frame_with_its_outlines(frames):
+    figure = plots.frames(frames.images[:5], [f"frame {i}" for i in range(5)], frames.masks[:5], 3)
+    shown = [axis for axis in figure.axes if axis.images]
+    assert len(figure.axes) == 6 and len(shown) == 5
+    np.testing.assert_array_equal(shown[2].images[0].get_array(), frames.images[2, 0])
+    assert shown[4].get_title() == "frame 4" and all(len(axis.collections) == 3 for axis in shown)
+    assert {t.get_text() for t in figure.legends[0].get_texts()} == {
+        "LV cavity",
+        "myocardium",
+        "LA",
+    }
+
+
+def test_labels_as_areas(frames):
+    colours = plots.label_picture(frames.masks[:2])
+    assert colours.shape == (2, 64, 64, 3) and not colours[frames.masks[:2].numpy() == 0].any()
+    figure = plots.frames(frames.images[:1], masks=frames.masks[:1], outline=False)
+    assert len(figure.axes[0].images) == 2
+
+
+def test_curves_histograms_intervals():
+    figure = plots.curves(
+        {"a": ([0, 1], [1, 2]), "b": ([0, 1], [2, 1])},
+        "step",
+        "loss",
+        bands={"a": ([0, 1], [2, 3])},
+    )
+    assert len(figure.axes[0].lines) == 2 and figure.axes[0].get_ylabel() == "loss"
+    figure = plots.histograms({"real": np.arange(50.0)}, "EF (%)", reference={"45 %": 45})
+    assert figure.axes[0].get_xlabel() == "EF (%)"
+    figure = plots.intervals({"x": (2, 1, 3), "y": (5, 4, 6)}, "distance", floor=(0, 1))
+    assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == ["x", "y"]
+    figure = plots.intervals({"x": (2, 1, 3), "y": (5, 4, 6)}, "", floor={"x": (0, 1), "y": (2, 4)})
+    bands = [band.get_datalim(figure.axes[0].transData) for band in figure.axes[0].collections]
+    assert [(band.x0, band.x1, band.y0, band.y1) for band in bands] == [
+        (0, 1, -0.5, 0.5),
+        (2, 4, 0.5, 1.5),
+    ]
+
+
+def test_show_gives_figure_and_caption(capsys, frames):
+    figure = plots.frames(frames.images[:1])
+    plots.show(figure, "One frame.", "Live: phantom")
+    assert not plt.fignum_exists(figure.number)
+    assert "Markdown" in capsys.readouterr().out
