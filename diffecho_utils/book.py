@@ -1,0 +1,491 @@
+"""The book: execute the chapters with papermill, then build the pages with Jupyter Book.
+
+All chapters; `make book` and `python -m diffecho_utils book` call `build`. The checkout is only
+read (with `record` the chapters write their results to data/results);
+everything else that is made goes to
+
+    _build/book/<world>-<profile>/
+        executed/     the chapters as papermill left them, each with the key of what went into it
+        failed/       the partial notebook of a chapter that raised, for reading
+        results/      what the chapters measured
+        source/       what Sphinx reads; its notebooks/ is the chapters' working directory
+        html/         the pages, replaced only by a build without warnings
+        timings.json  seconds, date and hardware of each chapter
+"""
+
+import ast
+import contextlib
+import datetime
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from diffecho_utils import DiffEchoError, assets, camus, phantom, profiles, results
+
+try:
+    import nbformat
+    import papermill
+    import yaml
+    from IPython.core.inputtransformer2 import TransformerManager
+except ModuleNotFoundError as error:
+    raise DiffEchoError(
+        f"{error.name}: not installed, and the book needs it; run `pip install -r requirements.txt`"
+    ) from None
+
+KERNEL = "diffecho-book"
+
+
+def build(data, profile, *, chapters=None, record=False, force=False, root=None):
+    """Execute what changed, build the pages, and return the path of their index.html.
+
+    data: a folder in CAMUS's layout, or None for the phantom, written first where it is missing.
+    chapters: names such as "03_unconditional" to execute; the others keep their last execution.
+    record: the chapters write to data/results/<world>/<profile>, not to the build tree.
+    force: execute even what did not change. root: the checkout, found by default.
+
+    A chapter is executed again when its code, a package module it imports, its parameters, the
+    data, the shipped files or the pinned requirements changed; new prose needs no execution.
+    Raises DiffEchoError for unusable data, for a parameter that a chapter does not declare, for a
+    chapter that raises, and for pages with warnings; the last good pages then stay as they were.
+    """
+    root = Path(root or assets.root()).resolve()
+    notebooks = _notebooks(root)
+    chosen = _choose(chapters, notebooks)
+    data = _data(data, profile)
+    world = camus.world(data)
+    base = root / "_build" / "book" / f"{world}-{profile}"
+    shipped = root / "data" / "results" / world / profile
+    parameters = {
+        "data_root": str(data),
+        "profile_name": profile,
+        "results_dir": str(shipped if record else base / "results"),
+    }
+    inputs = _inputs(root, data, shipped if record else None)
+    plan = [_plan(root, path, base, parameters, inputs) for path in notebooks]
+
+    print(f"book: world {world}, profile {profile}, data {data}", flush=True)
+    _copy_pages(root, base)
+    outcomes = {}
+    for number, chapter in enumerate(plan, start=1):
+        before = _execution(chapter.executed)
+        label = f"[{number}/{len(plan)}] {chapter.name}"
+        if chapter.name not in chosen:
+            outcomes[chapter.name] = _unchosen(before, chapter.key)
+        elif before and before["key"] == chapter.key and not force:
+            outcomes[chapter.name] = "unchanged"
+        else:
+            took = f", {before['seconds'] / 60:.1f} min last time" if before else ""
+            print(f"{label}: executing{took}", flush=True)
+            _execute(chapter, root, base, parameters, world)
+            outcomes[chapter.name] = "executed"
+        print(f"{label}: {outcomes[chapter.name]}", flush=True)
+
+    timings = {c.name: _execution(c.executed) for c in plan if c.executed.exists()}
+    for timing in timings.values():
+        del timing["key"]
+    results.write_text(base / "timings.json", json.dumps(timings, indent=1) + "\n")
+    for chapter in plan:
+        _publish(chapter, base / "source" / "notebooks")
+    index = _pages(base)
+    _print_table(outcomes, timings)
+    print(f"open {index}", flush=True)
+    return index
+
+
+@dataclass(frozen=True)
+class _Chapter:
+    source: Path
+    executed: Path
+    key: str  # what the execution depends on, hashed
+
+    @property
+    def name(self):
+        return self.source.stem
+
+
+# What there is to do
+
+
+def _notebooks(root):
+    """Paths of the chapters, in the order of _toc.yml."""
+    path = root / "_toc.yml"
+    if not path.is_file():
+        raise DiffEchoError(f"{path}: missing; the book is built from a checkout of its repository")
+
+    def files(node):
+        if isinstance(node, list):
+            return [file for item in node for file in files(item)]
+        if isinstance(node, dict):
+            here = [node[key] for key in ("root", "file") if key in node]
+            below = ("parts", "chapters", "sections")
+            return here + [file for key in below for file in files(node.get(key))]
+        return []
+
+    pages = files(yaml.safe_load(path.read_text()))
+    for page in pages:
+        if not any((root / f"{page}{suffix}").is_file() for suffix in (".md", ".ipynb")):
+            raise DiffEchoError(f"{path}: lists {page}, but there is no {page}.md or {page}.ipynb")
+    return [root / f"{page}.ipynb" for page in pages if (root / f"{page}.ipynb").is_file()]
+
+
+def _choose(chapters, notebooks):
+    """The set of chapter names to execute."""
+    names = [path.stem for path in notebooks]
+    unknown = set(chapters or ()) - set(names)
+    if unknown:
+        raise DiffEchoError(f"no chapter {sorted(unknown)}; _toc.yml has {', '.join(names)}")
+    return set(chapters or names)
+
+
+def _data(data, profile):
+    """The data folder, absolute and with a readable table of frames."""
+    if data is None:
+        row = profiles.get(profile)
+        folder = assets.workspace() / f"phantom-{profile}"
+        print(f"phantom: {row.phantom_patients} patients in {folder}", flush=True)
+        data = phantom.ensure(folder, patients=row.phantom_patients, seed=row.phantom_seed)
+    else:
+        profiles.get(profile)
+    data = Path(data).expanduser().resolve()
+    camus.read_table(data)
+    return data
+
+
+def _plan(root, path, base, parameters, inputs):
+    """A chapter checked for its parameters, with the key of everything its execution depends on."""
+    notebook = nbformat.read(path, as_version=4)
+    missing = sorted(set(parameters) - _declared(notebook, path))
+    if missing:
+        raise DiffEchoError(
+            f"{path}: no parameter {', '.join(missing)} in its cell tagged `parameters`, which has "
+            f"{', '.join(sorted(_declared(notebook, path))) or 'none'}; declare it there"
+        )
+    modules = _modules(root / "diffecho_utils", path, notebook)
+    key = {
+        "code": [cell.source for cell in notebook.cells if cell.cell_type == "code"],
+        "modules": {module.name: _digest(module) for module in sorted(modules)},
+        "parameters": parameters,
+        "inputs": inputs,
+    }
+    key = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    return _Chapter(path, base / "executed" / path.name, key)
+
+
+def _declared(notebook, path):
+    """Names assigned in the one cell tagged `parameters`."""
+    cells = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
+    if len(cells) != 1:
+        raise DiffEchoError(f"{path}: {len(cells)} cells tagged `parameters`; there must be one")
+    names = set()
+    for node in ast.parse(cells[0].source).body:
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        names |= {target.id for target in targets if isinstance(target, ast.Name)}
+    return names
+
+
+def _modules(package, path, notebook):
+    """Files of the package that the notebook imports, directly or through one another."""
+    found = set()
+    queue = []
+    for number, cell in enumerate(notebook.cells):
+        if cell.cell_type == "code":
+            try:
+                tree = ast.parse(TransformerManager().transform_cell(cell.source))
+            except SyntaxError as error:
+                raise DiffEchoError(f"{path}: cell {number} is not Python ({error})") from None
+            queue.append((tree, cell.source))
+    while queue:
+        for name in _imports(*queue.pop()):
+            module = package / f"{name}.py"
+            if module.is_file() and module not in found:
+                found.add(module)
+                source = module.read_text()
+                queue.append((ast.parse(source), source))
+    return found
+
+
+def _imports(tree, source):
+    """Names of the package's modules that this source imports; those without a file do no harm."""
+    names = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            stem = ".".join(filter(None, ["diffecho_utils" if node.level else "", node.module]))
+            names += [stem] + [f"{stem}.{alias.name}" for alias in node.names]
+    if re.search(r"-m\W+diffecho_utils", source):  # the command line, called from a cell
+        names.append("diffecho_utils.__main__")
+    parts = [name.split(".") for name in names if name.split(".")[0] == "diffecho_utils"]
+    return {part[1] for part in parts if len(part) > 1} | ({"__init__"} if parts else set())
+
+
+def _inputs(root, data, recording):
+    """Fingerprint of what all chapters may read: data, shipped files, pinned packages."""
+    requirements = root / "requirements.txt"
+    return {
+        "data": _listing(data),
+        "shipped": _listing(root / "data", skip=recording),
+        "requirements": _digest(requirements) if requirements.is_file() else None,
+    }
+
+
+def _listing(folder, skip=None):
+    """[relative path, bytes, mtime in ns] of each file, behind links too, except under `skip`."""
+    rows = []
+    for here, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if Path(here, name) != skip]
+        for name in files:
+            path = Path(here, name)
+            status = path.stat()
+            rows.append([path.relative_to(folder).as_posix(), status.st_size, status.st_mtime_ns])
+    return sorted(rows)
+
+
+def _digest(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+# Execution
+
+
+def _execution(path):
+    """What `_execute` noted: key, seconds, date, hardware, world, profile; None if never run."""
+    if not path.exists():
+        return None
+    return dict(nbformat.read(path, as_version=4).metadata["diffecho"])
+
+
+def _unchosen(before, key):
+    if before is None:
+        return "not executed"
+    return "unchanged" if before["key"] == key else "out of date"
+
+
+def _execute(chapter, root, base, parameters, world):
+    """Run a chapter into executed/, whole or not at all."""
+    failed = base / "failed" / chapter.source.name
+    partial = chapter.executed.with_suffix(".partial.ipynb")
+    for folder in (failed.parent, partial.parent, Path(parameters["results_dir"])):
+        folder.mkdir(parents=True, exist_ok=True)
+    failed.unlink(missing_ok=True)
+    start = time.monotonic()
+    try:
+        with _kernel(base / "jupyter", root), _progress(chapter.name) as on_cell_start:
+            notebook = papermill.execute_notebook(
+                chapter.source,
+                partial,
+                parameters,
+                kernel_name=KERNEL,
+                language="python",
+                cwd=base / "source" / "notebooks",
+                progress_bar=False,
+                on_cell_start=on_cell_start,
+            )
+    except papermill.PapermillExecutionError as error:
+        os.replace(partial, failed)
+        line = next((line for line in error.source.splitlines() if line.strip()), "")
+        message = f"{error.ename}: {error.evalue}".splitlines()[0]
+        raise DiffEchoError(
+            f"{chapter.name}: the cell `{line}` raised {message}; the notebook up to there is "
+            f"{failed}; the pages stay as they were"
+        ) from None
+    except RuntimeError as error:  # the kernel did not start, or died
+        os.replace(partial, failed)
+        raise DiffEchoError(
+            f"{chapter.name}: its process was lost ({error}), most often for want of memory; a smaller "
+            f"PROFILE needs less; the notebook up to there is {failed}; the pages stay as they were"
+        ) from None
+    finally:
+        partial.unlink(missing_ok=True)
+    notebook.metadata["diffecho"] = {
+        "key": chapter.key,
+        "seconds": round(time.monotonic() - start, 1),
+        "date": datetime.date.today().isoformat(),
+        "hardware": results.hardware(),
+        "world": world,
+        "profile": parameters["profile_name"],
+    }
+    results.write_text(chapter.executed, nbformat.writes(notebook) + "\n")
+
+
+@contextlib.contextmanager
+def _kernel(folder, root):
+    """A kernel of this very Python and checkout, whatever kernels and settings the user has."""
+    environment = {
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")])),
+        "PYTHONHASHSEED": "0",
+        "MPLBACKEND": "module://matplotlib_inline.backend_inline",
+        "IPYTHONDIR": str(folder / "ipython"),
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1"),
+        "TQDM_DISABLE": "1",  # its bars become widgets, which a page cannot show
+    }
+    argv = [sys.executable, "-Xfrozen_modules=off", "-m", "ipykernel_launcher", "--log-level=ERROR"]
+    spec = {
+        "argv": [*argv, "-f", "{connection_file}"],
+        "display_name": "The book's Python",
+        "language": "python",
+        "env": environment,
+    }
+    path = folder / "kernels" / KERNEL / "kernel.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    results.write_text(path, json.dumps(spec))
+    before = os.environ.get("JUPYTER_PATH")
+    os.environ["JUPYTER_PATH"] = str(folder)
+    try:
+        yield
+    finally:
+        os.environ.pop("JUPYTER_PATH")
+        if before is not None:
+            os.environ["JUPYTER_PATH"] = before
+
+
+@contextlib.contextmanager
+def _progress(name):
+    """A hook for nbclient that remembers the cell, and a line a minute that says it."""
+    cell = 0
+    stop = threading.Event()
+
+    def on_cell_start(cell_index, **_):
+        nonlocal cell
+        cell = cell_index
+
+    def report():
+        minutes = 0
+        while not stop.wait(60):
+            minutes += 1
+            print(f"  {name}: {minutes} min, cell {cell}", flush=True)
+
+    thread = threading.Thread(target=report, daemon=True)
+    thread.start()
+    try:
+        yield on_cell_start
+    finally:
+        stop.set()
+        thread.join()
+
+
+# Pages
+
+
+def _copy_pages(root, base):
+    """Bring source/ up to date with the checkout; what did not change keeps its time stamp."""
+    source = base / "source"
+    (source / "notebooks").mkdir(parents=True, exist_ok=True)
+    pages = [path for path in (root / "book").rglob("*") if path.is_file()]
+    for path in [root / "_config.yml", root / "_toc.yml", *pages]:
+        target = source / path.relative_to(root)
+        if not target.exists() or target.read_bytes() != path.read_bytes():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
+
+
+def _publish(chapter, folder):
+    """Write a chapter as its page shows it: today's prose around the outputs of its execution.
+
+    So neither the injected parameters nor papermill's notes, which name folders of this machine,
+    get into the book. A chapter whose code changed since its execution keeps the page it had.
+    """
+    notebook = nbformat.read(chapter.source, as_version=4)
+    path = folder / chapter.source.name
+    before = _execution(chapter.executed)
+    if before is None:
+        note = "> This chapter was not executed in this build: its figures and numbers are missing."
+        notebook.cells.insert(1, nbformat.v4.new_markdown_cell(note, id="not-executed"))
+    elif before["key"] == chapter.key:
+        _fill(notebook, nbformat.read(chapter.executed, as_version=4))
+    else:
+        return
+    text = nbformat.writes(notebook) + "\n"
+    if not path.exists() or path.read_text() != text:
+        results.write_text(path, text)
+
+
+def _fill(notebook, executed):
+    """Put the outputs of `executed` into `notebook`, which has the same code.
+
+    Figures get their caption as alternative text, and solutions are folded away.
+    """
+    notebook.metadata["language_info"] = executed.metadata["language_info"]
+    injected = "injected-parameters"
+    sources, runs = (
+        [cell for cell in cells if cell.cell_type == "code"]
+        for cells in (notebook.cells, executed.cells)
+    )
+    runs = [cell for cell in runs if injected not in cell.metadata.get("tags", [])]
+    for cell, run in zip(sources, runs, strict=True):
+        cell.outputs, cell.execution_count = run.outputs, run.execution_count
+        options = cell.metadata.setdefault("mystnb", {})
+        caption = _caption(run.outputs)
+        if caption:
+            options["image"] = {"alt": caption}
+        if "solution" in cell.metadata.get("tags", []):
+            cell.metadata["tags"].append("hide-cell")
+            options["code_prompt_show"] = "Show the solution"
+            options["code_prompt_hide"] = "Hide the solution"
+
+
+def _caption(outputs):
+    """The "**Figure" caption after an image, as at most 250 characters of plain text, or None."""
+    image = False
+    for output in outputs:
+        data = output.get("data", {})
+        if any(kind.startswith("image/") for kind in data):
+            image = True
+        elif image and data.get("text/markdown", "").lstrip().startswith("**Figure"):
+            text = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", data["text/markdown"])
+            text = " ".join(re.sub(r"[*`$]", "", text).split())
+            return text if len(text) <= 250 else text[:249].rsplit(" ", 1)[0] + "…"
+    return None
+
+
+def _pages(base):
+    """Run Jupyter Book on source/; replace html/ only by pages built without a warning."""
+    made = base / "_build" / "html"
+    index = made / "index.html"
+    index.unlink(missing_ok=True)  # Jupyter Book can exit 0 without having written it
+    log = base / "pages.log"
+    command = "from jupyter_book.cli.main import main; main()"
+    options = ["build", base / "source", "--path-output", base, "-n", "-W", "--keep-going"]
+    print("pages: building", flush=True)
+    with log.open("w") as stream:
+        status = subprocess.run(
+            [sys.executable, "-c", command, *options],
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"NO_COLOR": "1"},
+        ).returncode
+    if status or not index.is_file():
+        # Sphinx repeats no warning of a page it has read: the next build must read all again.
+        shutil.rmtree(base / "_build" / ".doctrees", ignore_errors=True)
+        lines = log.read_text().splitlines()
+        shown = [line for line in lines if re.search("WARNING|ERROR|Error", line)][:20]
+        shown = shown or lines[-20:]
+        raise DiffEchoError("\n".join([f"{log}: the pages were not built", *shown]))
+    fresh, old = base / "html.new", base / "html.old"
+    for folder in (fresh, old):
+        shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(made, fresh)
+    if (base / "html").exists():
+        os.replace(base / "html", old)
+    os.replace(fresh, base / "html")
+    shutil.rmtree(old, ignore_errors=True)
+    return base / "html" / "index.html"
+
+
+def _print_table(outcomes, timings):
+    width = max((len(name) for name in outcomes), default=0)
+    for name, outcome in outcomes.items():
+        seconds = f"{timings[name]['seconds']:7.1f} s" if name in timings else f"{'-':>9}"
+        print(f"  {name:<{width}}  {seconds}  {outcome}")
+    executed = [name for name, outcome in outcomes.items() if outcome == "executed"]
+    total = sum(timings[name]["seconds"] for name in executed)
+    print(f"  {'executed now':<{width}}  {total:7.1f} s")

@@ -1,0 +1,346 @@
+"""The book: what is executed again and what is not, what gets into a page, and what never does."""
+
+import ast
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+
+from diffecho_utils import DiffEchoError, book, profiles
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+PARAMETERS = 'data_root = ""\nprofile_name = "cpu"\nresults_dir: str = ""'
+FIGURE = """\
+import matplotlib.pyplot as plt
+from IPython.display import Markdown, display
+plt.plot([0, 1])
+plt.show()
+display(Markdown("**Figure 1.** A *line* with $x_t$ and a [link](https://example.org). Live."))"""
+
+
+def write_notebook(path, *cells):
+    """A notebook of code cells; a cell is its source, or (source, tag)."""
+    notebook = nbformat.v4.new_notebook()
+    notebook.metadata["kernelspec"] = {
+        "name": "python3",
+        "display_name": "Python 3",
+        "language": "python",
+    }
+    notebook.cells = [nbformat.v4.new_markdown_cell(f"# {path.stem}")]
+    for cell in cells:
+        source, *tags = (cell,) if isinstance(cell, str) else cell
+        notebook.cells.append(nbformat.v4.new_code_cell(source, metadata={"tags": tags}))
+    path.parent.mkdir(exist_ok=True)
+    nbformat.write(notebook, path)
+
+
+def edit(path, old, new):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A book of two chapters beside a package of its own, of which each uses one module."""
+    root = tmp_path / "project"
+    package = root / "diffecho_utils"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    (package / "shared.py").write_text("VALUE = 1\n")
+    (package / "alpha.py").write_text("from diffecho_utils.shared import VALUE\n")
+    (package / "beta.py").write_text("VALUE = 2\n")
+    (root / "book").mkdir()
+    (root / "book" / "intro.md").write_text("# Start\n\n[first](../notebooks/01_first.ipynb)\n")
+    (root / "_config.yml").write_text((ROOT / "_config.yml").read_text())
+    (root / "book" / "references.bib").write_text("")
+    (root / "_toc.yml").write_text(
+        "format: jb-book\nroot: book/intro\nparts:\n- caption: Chapters\n  numbered: true\n"
+        "  chapters:\n  - file: notebooks/01_first\n  - file: notebooks/02_second\n"
+    )
+    write_notebook(
+        root / "notebooks" / "01_first.ipynb",
+        "from diffecho_utils import alpha\nprint('first', alpha.VALUE)",
+        (PARAMETERS, "parameters"),
+        "import sys\nprint(sys.executable)",
+        FIGURE,
+        ("print('solved')", "solution"),
+    )
+    write_notebook(
+        root / "notebooks" / "02_second.ipynb",
+        "import diffecho_utils.beta as beta\nprint('second', beta.VALUE)",
+        (PARAMETERS, "parameters"),
+        "from pathlib import Path\nPath('note.txt').write_text(data_root)\nprint(profile_name)",
+    )
+    return root
+
+
+@pytest.fixture
+def build(project, phantom_root, monkeypatch):
+    """Builds the project, but for its pages (Sphinx takes long); returns what was executed."""
+    monkeypatch.setattr(book, "_pages", lambda base: base / "html" / "index.html")
+    executed = []
+    execute = book._execute
+
+    def counted(chapter, *rest):
+        executed.append(chapter.name)
+        execute(chapter, *rest)
+
+    monkeypatch.setattr(book, "_execute", counted)
+
+    def build(**options):
+        executed.clear()
+        book.build(phantom_root, "smoke", root=project, **options)
+        return list(executed)
+
+    return build
+
+
+@pytest.fixture
+def no_kernel(monkeypatch):
+    """In place of papermill: each code cell prints its source and the parameters' results_dir is
+    written to. For tests of what is executed, where a kernel would only cost its start."""
+
+    def execute(source, partial, parameters, **_):
+        notebook = nbformat.read(source, as_version=4)
+        notebook.metadata["language_info"] = {"name": "python"}
+        for cell in notebook.cells[1:]:
+            cell.outputs = [nbformat.v4.new_output("stream", text=cell.source)]
+        (Path(parameters["results_dir"]) / f"{source.stem}.json").write_text("{}")
+        return notebook
+
+    monkeypatch.setattr(book.papermill, "execute_notebook", execute)
+
+
+def tree(project):
+    return project / "_build" / "book" / "phantom-smoke"
+
+
+def page(project, name):
+    return nbformat.read(tree(project) / "source" / "notebooks" / f"{name}.ipynb", as_version=4)
+
+
+def outputs(notebook):
+    return "".join(
+        output.get("text", "")
+        for cell in notebook.cells
+        if cell.cell_type == "code"
+        for output in cell.outputs
+    )
+
+
+def test_only_what_changed_is_executed_again(project, build, no_kernel, phantom_root):
+    both = ["01_first", "02_second"]
+    assert build() == both
+    assert build() == []
+    edit(project / "diffecho_utils" / "shared.py", "1", "7")
+    assert build() == ["01_first"], "only the first chapter reaches shared.py, through alpha.py"
+    edit(project / "notebooks" / "02_second.ipynb", "# 02_second", "# New prose")
+    assert build() == [], "prose needs no execution"
+    assert page(project, "02_second").cells[0].source == "# New prose"
+    edit(
+        project / "notebooks" / "02_second.ipynb",
+        "print(profile_name)",
+        "print(profile_name + '!')",
+    )
+    assert build() == ["02_second"]
+    os.utime(phantom_root / "dataset.json")
+    assert build() == both, "the data changed"
+    (project / "data").mkdir()
+    (project / "data" / "weights").write_text("new")
+    assert build() == both, "a shipped file changed"
+    assert build(force=True, chapters=["02_second"]) == ["02_second"]
+
+
+def test_recording_writes_to_the_checkout_and_does_not_trigger_itself(project, build, no_kernel):
+    build()
+    assert not (project / "data").exists()
+    assert build(record=True) == ["01_first", "02_second"]
+    assert (project / "data" / "results" / "phantom" / "smoke" / "01_first.json").exists()
+    assert build(record=True) == []
+
+
+def test_page_holds_outputs_captions_and_no_machine_path(project, build):
+    build()
+    first = page(project, "01_first")
+    tags = [cell.metadata.get("tags", []) for cell in first.cells]
+    assert [tag for tag in tags if "parameters" in tag] and ["injected-parameters"] not in tags
+    text = (tree(project) / "source" / "notebooks" / "01_first.ipynb").read_text()
+    assert str(tree(project)) not in text and "papermill" not in text
+    figure, solution = first.cells[-2:]
+    alt = figure.metadata["mystnb"]["image"]["alt"]
+    assert alt == "Figure 1. A line with x_t and a link. Live."
+    assert {"solution", "hide-cell"} <= set(solution.metadata["tags"])
+    assert outputs(first).splitlines()[1] == sys.executable
+    assert "smoke" in outputs(page(project, "02_second"))
+    written = list(project.rglob("note.txt"))
+    assert written == [tree(project) / "source" / "notebooks" / "note.txt"], "not in the checkout"
+    timings = json.loads((tree(project) / "timings.json").read_text())
+    assert list(timings) == ["01_first", "02_second"]
+    assert set(timings["01_first"]) == {"seconds", "date", "hardware", "world", "profile"}
+
+
+def test_unknown_parameter_stops_before_anything_runs(project, build):
+    path = project / "notebooks" / "02_second.ipynb"
+    edit(path, "results_dir: str = ", "elsewhere = ")
+    with pytest.raises(
+        DiffEchoError, match="no parameter results_dir.*data_root, elsewhere, profile_name"
+    ):
+        build()
+    assert not tree(project).exists()
+
+
+def test_failed_chapter_is_never_published(project, build):
+    path = project / "notebooks" / "01_first.ipynb"
+    shown = tree(project) / "source" / "notebooks" / "01_first.ipynb"
+    shown.parent.mkdir(parents=True)
+    shown.write_text("the last good page")
+    edit(path, "print('solved')", "broken = 1 / 0")
+    with pytest.raises(DiffEchoError) as caught:
+        build()
+    failed = tree(project) / "failed" / "01_first.ipynb"
+    for part in ("01_first", "`broken = 1 / 0`", "ZeroDivisionError", str(failed)):
+        assert part in str(caught.value)
+    assert "first 1" in outputs(nbformat.read(failed, as_version=4)), "kept for reading"
+    assert shown.read_text() == "the last good page"
+    assert not list(tree(project).rglob("*.partial.ipynb"))
+
+
+def test_lost_process_is_said(project, build):
+    source = "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)"
+    write_notebook(project / "notebooks" / "01_first.ipynb", (PARAMETERS, "parameters"), source)
+    with pytest.raises(DiffEchoError, match="01_first: its process was lost"):
+        build()
+
+
+def test_chosen_chapters(project, build, no_kernel, capsys):
+    with pytest.raises(DiffEchoError, match="04_none.*01_first, 02_second"):
+        build(chapters=["04_none"])
+    assert build(chapters=["02_second"]) == ["02_second"]
+    assert "not executed" in page(project, "01_first").cells[1].source
+    build()
+    edit(project / "notebooks" / "01_first.ipynb", "print('solved')", "print('anew')")
+    assert build(chapters=["02_second"]) == []
+    assert "out of date" in capsys.readouterr().out
+    assert "solved" in outputs(page(project, "01_first")), "keeps its last page"
+
+
+def test_interruption_leaves_nothing_half_done(project, phantom_root):
+    source = "import time\ntime.sleep(60)"
+    write_notebook(project / "notebooks" / "02_second.ipynb", (PARAMETERS, "parameters"), source)
+    code = (
+        f"from diffecho_utils import book; book.build({str(phantom_root)!r}, 'smoke', "
+        f"root={str(project)!r})"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.DEVNULL)
+    partial = tree(project) / "executed" / "02_second.partial.ipynb"
+    deadline = time.monotonic() + 60
+    while not partial.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=30) != 0
+    assert [path.name for path in (tree(project) / "executed").iterdir()] == ["01_first.ipynb"]
+
+
+def test_pages_are_built_and_warnings_keep_the_old_ones(project, phantom_root, capsys):
+    index = book.build(phantom_root, "smoke", root=project)
+    assert f"open {index}" in capsys.readouterr().out
+    html = (index.parent / "notebooks" / "01_first.html").read_text()
+    assert 'alt="Figure 1. A line with x_t and a link. Live."' in html
+    assert "Show the solution" in html
+    loaded = r'<script[^>]* src="https?:|<link[^>]*rel="stylesheet"[^>]*href="https?:'
+    assert not re.search(loaded, html), "the page needs no network"
+    edit(project / "book" / "intro.md", "01_first", "05_nowhere")
+    for _ in range(2):  # Sphinx alone would let the second build pass
+        with pytest.raises(DiffEchoError, match="05_nowhere"):
+            book.build(phantom_root, "smoke", root=project)
+    assert "01_first" in (index.parent / "book" / "intro.html").read_text()
+
+
+# The project's own files
+
+
+def test_table_of_contents_lists_the_chapters_that_exist():
+    assert [path.name for path in book._notebooks(ROOT)] == [path.name for path in NOTEBOOKS]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_chapter_is_ready_to_be_executed(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    assert book._declared(notebook, path) >= {"data_root", "profile_name", "results_dir"}
+    assert book._modules(ROOT / "diffecho_utils", path, notebook), "imports the package"
+    for cell in notebook.cells:
+        assert not cell.get("outputs"), "committed without outputs"
+        assert cell.get("execution_count") is None
+
+
+def test_page_on_profiles_agrees_with_them():
+    rows = re.findall(
+        r"\| `(\w+)`.*?\| (\d+) px \| (\d+) ", (ROOT / "book/how_to_run.md").read_text()
+    )
+    assert {name: (int(side), int(patients)) for name, side, patients in rows} == {
+        name: (row.side, row.phantom_patients) for name, row in profiles.PROFILES.items()
+    }
+
+
+def test_repository_has_one_address():
+    address = yaml.safe_load((ROOT / "_config.yml").read_text())["repository"]["url"]
+    owner, name = address.removeprefix("https://github.com/").split("/")
+    pages = yaml.safe_load((ROOT / "_config.yml").read_text())["html"]["baseurl"]
+    assert pages == f"https://{owner}.github.io/{name}/"
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["urls"] == {"Repository": address, "Book": pages}
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["repository-code"] == address
+    files = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *NOTEBOOKS]
+    files += [*(ROOT / "book").rglob("*.md"), *(ROOT / "diffecho_utils").glob("*.py")]
+    for path in files:
+        text = path.read_text()
+        owners = re.findall(rf"github\.com/([\w.-]+)/{name}\b", text)
+        owners += re.findall(r"([\w-]+)\.github\.io", text)
+        assert set(owners) <= {owner}, path
+
+
+def imported(path):
+    """Top-level names that a Python file imports, anywhere in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module.split(".")[0]
+
+
+def test_package_declares_what_it_imports():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    optional = sum(project["optional-dependencies"].values(), [])
+    declared = {re.split("[<>=]", line)[0] for line in project["dependencies"] + optional}
+    names = {"PIL": "pillow", "yaml": "pyyaml", "IPython": "ipython"}
+    brought = {"pyyaml", "ipython", "nbformat"}  # by papermill and ipykernel
+    for path in (ROOT / "diffecho_utils").glob("*.py"):
+        for found in imported(path):
+            name = names.get(found, found).replace("_", "-")
+            known = found in sys.stdlib_module_names or found == "diffecho_utils"
+            assert known or name in declared | brought, f"{path}: {found}"
+
+
+def test_requirements_are_pinned_and_cover_the_package():
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    lines = [line.split("#")[0].split(";")[0].strip() for line in lines]
+    pins = [line for line in lines if line]
+    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", pin) for pin in pins)
+    pinned = {pin.split("==")[0].lower().replace("_", "-") for pin in pins}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = project["dependencies"] + sum(project["optional-dependencies"].values(), [])
+    assert {re.split("[<>=]", line)[0] for line in wanted} <= pinned
