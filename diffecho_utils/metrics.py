@@ -60,7 +60,7 @@ def high_frequency_deviation(images, pixels=5):
 
 
 def region_means(images, masks):
-    """Mean grey value in the region of each label: (N, 4) float32, NaN where a frame lacks the label.
+    """Mean grey value of each label's region: (N, 4) float32, NaN where a frame lacks the label.
 
     images: (N, 1, H, W), masks: (N, H, W) CAMUS labels; columns as in `camus.LABELS`.
     """

@@ -59,7 +59,7 @@ _CPU = Profile(
     jittered_views=4,
     autoencoder=Recipe(steps=1200, batch=16, learning_rate=1e-3, ema=0.99),
     texture=Recipe(steps=700, batch=12, learning_rate=5e-4, ema=0.99),
-    unconditional=Recipe(steps=3000, batch=32, learning_rate=5e-4, ema=0.998),
+    unconditional=Recipe(steps=2000, batch=32, learning_rate=5e-4, ema=0.998),
     live_steps=60,
     samples=200,
     sampling_steps=20,
