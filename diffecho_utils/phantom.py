@@ -591,7 +591,8 @@ def _write_splits(root, patients, seed):
     (root / "database_split").mkdir(parents=True)
     for split, chosen in zip(SPLITS, np.split(numbers, ends), strict=True):
         names = "".join(f"patient{number:04d}\n" for number in sorted(chosen))
-        (root / "database_split" / f"subgroup_{split}.txt").write_text(names)
+        if names:  # an empty list is a fault in a CAMUS folder; one or two patients have no testing
+            (root / "database_split" / f"subgroup_{split}.txt").write_text(names)
 
 
 def _description(patients, seed, side):
