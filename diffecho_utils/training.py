@@ -149,7 +149,7 @@ def train_autoencoder(
     Returns the log, a DataFrame with a row every few steps. The scaling factor in the saved
     configuration makes the training latents' standard deviation 1.
     """
-    folder, started = Path(folder), time.monotonic()
+    folder = Path(folder)
     torch.manual_seed(seed)
     vae, discriminator = models.build_autoencoder(profile), models.build_discriminator()
     tensors = {"images": frames.images}
@@ -167,7 +167,7 @@ def train_autoencoder(
     vae.register_to_config(scaling_factor=1 / deviation)
     log = pd.concat(logs, ignore_index=True)
     recipes = {"reconstruction": profile.autoencoder, "texture": profile.texture}
-    training = _training("autoencoder", frames, profile, recipes, log, provenance, seed, started)
+    training = _training("autoencoder", frames, profile, recipes, log, provenance, seed)
     if PartialState().is_main_process:
         models.save_autoencoder(vae, folder, training)
     return log
@@ -189,7 +189,6 @@ def train_unconditional(
 
     `autoencoder` is a checkpoint's folder. Returns the log as `train_autoencoder` does.
     """
-    started = time.monotonic()
     vae = models.load_autoencoder(autoencoder)
     torch.manual_seed(seed)
     unet = models.build_unet(profile)
@@ -219,7 +218,7 @@ def train_unconditional(
     )
     log = log.assign(stage="unconditional")
     recipes = {"unconditional": profile.unconditional}
-    training = _training("unconditional", frames, profile, recipes, log, provenance, seed, started)
+    training = _training("unconditional", frames, profile, recipes, log, provenance, seed)
     if PartialState().is_main_process:
         models.save_unconditional(unet.cpu(), folder, autoencoder, training)
     return log
@@ -236,7 +235,7 @@ def fit(
     `recipe.batch` rows a step, all processes together one epoch after the other in an order that
     `seed` fixes. `progress` is given a line of text now and then. `stop_after` ends early after that
     step as an interruption would. Returns a DataFrame: step, loss and its parts, learning_rate,
-    images_per_second. Raises DiffEchoError for a loss that is not finite; the last good state stays.
+    images_per_second, seconds. Raises DiffEchoError for a loss that is not finite; the last good state stays.
     """
     accelerator = Accelerator(
         gradient_accumulation_steps=recipe.accumulation,
@@ -294,9 +293,12 @@ def fit(
                     (step - since) * recipe.batch * recipe.accumulation * accelerator.num_processes
                 )
                 speed = seen / (now - told)
-                rows.append(
-                    {"step": step} | means | {"learning_rate": rate, "images_per_second": speed}
-                )
+                rows.append({"step": step} | means)
+                rows[-1] |= {
+                    "learning_rate": rate,
+                    "images_per_second": speed,
+                    "seconds": now - told,
+                }
                 if accelerator.is_main_process:
                     left = (recipe.steps - step) * (now - told) / (step - since)
                     progress(
@@ -431,7 +433,7 @@ def _load_state(state, objective, optimizer, ema, recipe):
     return facts["step"], facts["log"]
 
 
-def _training(model, frames, profile, recipes, log, provenance, seed, started):
+def _training(model, frames, profile, recipes, log, provenance, seed):
     """What training.json says: data, recipes, time, the loss curve of each stage, provenance."""
     table = frames.table
     curves = {
@@ -447,6 +449,6 @@ def _training(model, frames, profile, recipes, log, provenance, seed, started):
         "frames": len(frames),
         "seed": seed,
         "recipes": {name: dataclasses.asdict(recipe) for name, recipe in recipes.items()},
-        "minutes_of_last_run": round((time.monotonic() - started) / 60, 1),
+        "minutes": round(log["seconds"].sum() / 60, 1),
         "log": curves,
     } | (provenance or {})
