@@ -1,0 +1,33 @@
+"""The chapters themselves, executed whole at the smallest size on the real frames."""
+
+import nbformat
+import pytest
+
+from diffecho_utils import assets, book, results
+
+
+@pytest.fixture(scope="module")
+def build(real_root):
+    """Folder of the book made from the real frames at smoke size."""
+    index = book.build(real_root, "smoke", force=True)
+    return index.parent.parent
+
+
+def test_every_chapter_runs_on_the_real_frames(build):
+    names = [path.stem for path in sorted((assets.root() / "notebooks").glob("*.ipynb"))]
+    assert len(names) >= 3
+    for name in names:
+        page = (build / "html" / "notebooks" / f"{name}.html").read_text()
+        assert "Traceback (most recent call last)" not in page and page.count("<img") > 3
+        record = results.load(build / "results" / f"{name}.json")
+        assert record["world"] == "camus" and record["profile"] == "smoke" and record["values"]
+
+
+def test_every_figure_has_a_caption_that_says_where_it_comes_from(build):
+    for path in sorted((build / "executed").glob("*.ipynb")):
+        for cell in nbformat.read(path, as_version=4).cells:
+            outputs = [output.get("data", {}) for output in cell.get("outputs", [])]
+            texts = [data["text/markdown"] for data in outputs if "text/markdown" in data]
+            captions = [text for text in texts if text.startswith("**Figure.**")]
+            assert len(captions) == sum("image/png" in data for data in outputs), cell.source
+            assert all("Live" in text or "Recorded" in text for text in captions), captions
