@@ -243,7 +243,13 @@ def test_interruption_leaves_nothing_half_done(project, phantom_root):
         f"from diffecho_utils import book; book.build({str(phantom_root)!r}, 'smoke', "
         f"root={str(project)!r})"
     )
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        stderr=subprocess.DEVNULL,
+        # a run in the background ignores the signal, and children inherit that
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     partial = tree(project) / "executed" / "02_second.partial.ipynb"
     deadline = time.monotonic() + 60
     while not partial.exists() and time.monotonic() < deadline:
