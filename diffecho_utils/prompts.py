@@ -1,0 +1,185 @@
+"""The words for a frame: what a text encoder reads.
+
+Chapters 01 and 04. A prompt is made from a row of a frames table: from its view and phase always,
+from image quality, ejection fraction (EF) and the left atrium's size where the table has them.
+"""
+
+import itertools
+import re
+import string
+from functools import lru_cache
+
+import numpy as np
+import pandas as pd
+
+from diffecho_utils import DiffEchoError, anatomy
+
+TEMPLATES = ("paper", "paper-seg", "random", "clinical")
+WORDINGS = 3  # ways to say the same, so that a text model cannot memorise one string
+
+# EF classes of the universal definition of heart failure (Bozkurt et al. 2021), in whole per cent.
+EF_CLASSES = {"reduced": (0, 40), "mildly reduced": (41, 49), "normal": (50, 100)}
+
+# The atrium's area at ES over the ventricle's at ED, mean of the views: the 20th and the 80th
+# percentile of the 400 training patients of CAMUS. A share needs no pixel spacing, which many
+# re-packs lost, and survives a stretched picture. It is relative to the patient's own ventricle and
+# unrelated to the EF (correlation 0.01 there), but no clinical grade: that is a volume over body surface.
+LA_SMALL, LA_ENLARGED = 0.385, 0.750
+
+_PAPER = (
+    "An ultrasound image shows the heart in a {view} view during the {phase} phase.",
+    "The heart during the {phase} phase, {view} view, ultrasound image.",
+    "This {view} view of the heart is an ultrasound image in the {phase} phase.",
+)
+# One tuple of clauses a wording; a clause whose fact is missing is left out.
+_CLAUSES = {
+    "paper": tuple((text,) for text in _PAPER),
+    "paper-seg": (
+        ("an ultrasound image of heart in {view} view",),
+        ("{view} view of the heart, an ultrasound image",),
+        ("an ultrasound image shows the heart in {view} view",),
+    ),
+    "random": tuple((text,) for text in _PAPER),
+    "clinical": (
+        (
+            "apical {view} view at {moment}",
+            "{quality} image quality",
+            "{ef} ejection fraction",
+            "{la_size} left atrium",
+        ),
+        (
+            "echocardiogram at {moment} in the apical {view} view",
+            "the image quality is {quality}",
+            "the ejection fraction is {ef}",
+            "the left atrium is {la_size}",
+        ),
+        (
+            "{moment}, {view} echocardiogram",
+            "quality {quality}",
+            "left atrium {la_size}",
+            "ejection fraction {ef}",
+        ),
+    ),
+}
+_VIEW = {"2CH": "two-chamber", "4CH": "four-chamber"}
+_MOMENT = {"ED": "end-diastole", "ES": "end-systole"}
+_QUALITY = ("Good", "Medium", "Poor")
+_LA_SIZES = ("small", "normal", "enlarged")
+
+
+def make(table, template="clinical", wording=0, seed=0):
+    """One prompt a row of `table` (columns view, phase; quality, ef, la_size where known): list of str.
+
+    template, in the words of DiffEcho's public code (wording 0; the other two say the same):
+
+    - "paper": the text-guided model's, with view and phase;
+    - "paper-seg": the text + segmentation guided model's, with the view alone;
+    - "random": "paper" with each keyword (two-chamber, four-chamber, ed, es) replaced by six random
+      letters of its own, drawn from `seed`: the four classes stay apart, what the words mean is gone.
+      The code has such an option; that a keyword keeps its string for a whole run is our reading;
+    - "clinical": ours, with all facts; one that is missing is left out of the sentence.
+
+    Raises DiffEchoError for an unknown template or wording.
+    """
+    if template not in TEMPLATES or wording not in range(WORDINGS):
+        raise DiffEchoError(
+            f"no prompt template {template!r} with wording {wording!r}; templates are {TEMPLATES}, "
+            f"wordings 0 to {WORDINGS - 1}"
+        )
+    keywords = _random_strings(seed) if template == "random" else {}
+    prompts = []
+    for row in table.to_dict("records"):
+        view, phase = _VIEW[row["view"]], row["phase"].lower()
+        known = {
+            "view": keywords.get(view, view),
+            "phase": keywords.get(phase, phase),
+            "moment": _MOMENT[row["phase"]],
+            "quality": _text(row.get("quality")).lower(),
+            "ef": ef_class(row.get("ef")),
+            "la_size": _text(row.get("la_size")),
+        }
+        clauses = [
+            clause.format_map(known)
+            for clause in _CLAUSES[template][wording]
+            if all(known[name] for name in re.findall(r"{(\w+)}", clause))
+        ]
+        prompts.append(", ".join(clauses))
+    return prompts
+
+
+def facts(frames):
+    """The table of `frames` (a `data.Frames`) with what its label maps can tell: columns ef, la_size.
+
+    ef: per cent, the folder's own where it has one, else `anatomy.patients_ef`. la_size: "small",
+    "normal", "enlarged" by `LA_SMALL` and `LA_ENLARGED`. Both are a patient's, the same in all of
+    its frames; missing where the frames that they need are not among `frames`.
+    """
+    table = frames.table.copy()
+    measured = anatomy.patients_ef(frames).set_index("patient")["ef"]
+    table["ef"] = table["ef"].astype(float).fillna(table["patient"].map(measured))
+    bounds = (-np.inf, LA_SMALL, LA_ENLARGED, np.inf)
+    size = pd.cut(la_ratio(frames), bounds, labels=_LA_SIZES)
+    table["la_size"] = table["patient"].map(size.astype(object))
+    return table
+
+
+def la_ratio(frames):
+    """Area of the left atrium at ES over that of the LV cavity at ED, mean of the views: by patient."""
+    pixel = frames.table[["lateral_mm", "depth_mm"]].prod(axis=1, skipna=False).fillna(1.0)
+    areas = anatomy.areas(frames.masks.numpy()) * pixel.to_numpy()[:, None]
+    keys = ["patient", "view", "phase"]
+    areas = frames.table[keys].assign(cavity=areas[:, 0], atrium=areas[:, 2])
+    areas = areas.pivot(index=["patient", "view"], columns="phase", values=["cavity", "atrium"])
+    columns = [("atrium", "ES"), ("cavity", "ED")]
+    atrium, cavity = areas.reindex(columns=columns).T.to_numpy(dtype=float)
+    return pd.Series(atrium / cavity, index=areas.index).groupby("patient").mean().dropna()
+
+
+def ef_class(ef):
+    """The class in `EF_CLASSES` of an EF in per cent, rounded to a whole number; "" where missing."""
+    if pd.isna(ef):
+        return ""
+    return next(name for name, (_, highest) in EF_CLASSES.items() if round(ef) <= highest)
+
+
+@lru_cache
+def every(seed=0):
+    """All prompts that the templates can produce, each once: tuple of str. What a tokenizer learns from."""
+    efs = [highest for _, highest in EF_CLASSES.values()]
+    values = itertools.product(_VIEW, _MOMENT, (None, *_QUALITY), (None, *efs), (None, *_LA_SIZES))
+    table = pd.DataFrame(values, columns=["view", "phase", "quality", "ef", "la_size"])
+    ways = itertools.product(TEMPLATES, range(WORDINGS))
+    texts = (make(table, template, wording, seed) for template, wording in ways)
+    return tuple(dict.fromkeys(itertools.chain.from_iterable(texts)))
+
+
+def words(text):
+    """The words of a prompt, in lower case, without punctuation: list of str."""
+    return re.findall(r"[\w-]+", text.lower())
+
+
+def vocabulary(seed=0):
+    """Every word that the templates can produce: sorted list of str."""
+    return sorted({word for text in every(seed) for word in words(text)})
+
+
+def check(text, seed=0):
+    """The prompt `text` itself; raises DiffEchoError naming its words that no template uses."""
+    known = vocabulary(seed)
+    unknown = sorted(set(words(text)) - set(known))
+    if unknown or not words(text):
+        problem = f"unknown words {unknown}" if unknown else "no words"
+        raise DiffEchoError(f"prompt {text!r}: {problem}; use those known: {', '.join(known)}")
+    return text
+
+
+def _random_strings(seed):
+    """{keyword: six random letters}."""
+    letters = np.array(list(string.ascii_lowercase))
+    rng = np.random.default_rng(seed)
+    keywords = [*_VIEW.values(), *map(str.lower, _MOMENT)]
+    return {keyword: "".join(rng.choice(letters, 6)) for keyword in keywords}
+
+
+def _text(value):
+    return "" if pd.isna(value) else value

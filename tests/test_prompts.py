@@ -1,0 +1,127 @@
+"""Prompts: the paper's own words, missing facts left out, sizes of the atrium, unknown words refused."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from diffecho_utils import DiffEchoError, camus, data, prompts
+
+
+@pytest.fixture
+def rows():
+    """A frame about which all is known, and one of which only view and phase are."""
+    return pd.DataFrame(
+        {
+            "view": ["2CH", "4CH"],
+            "phase": ["ED", "ES"],
+            "quality": ["Good", None],
+            "ef": [45.4, np.nan],
+            "la_size": ["enlarged", np.nan],
+        }
+    )
+
+
+def test_wording_0_is_the_paper_s_own(rows):
+    assert prompts.make(rows, "paper") == [
+        "An ultrasound image shows the heart in a two-chamber view during the ed phase.",
+        "An ultrasound image shows the heart in a four-chamber view during the es phase.",
+    ]
+    assert prompts.make(rows, "paper-seg")[0] == "an ultrasound image of heart in two-chamber view"
+
+
+def test_missing_facts_are_left_out(rows):
+    full, bare = prompts.make(rows, "clinical")
+    assert full == (
+        "apical two-chamber view at end-diastole, good image quality, "
+        "mildly reduced ejection fraction, enlarged left atrium"
+    )
+    assert bare == "apical four-chamber view at end-systole"
+    assert prompts.make(rows[["view", "phase"]], "clinical")[1] == bare
+
+
+@pytest.mark.parametrize("template", prompts.TEMPLATES)
+def test_every_wording_says_it_differently(rows, template):
+    for row in range(len(rows)):
+        texts = {prompts.make(rows, template, wording)[row] for wording in range(prompts.WORDINGS)}
+        assert len(texts) == prompts.WORDINGS
+        assert not any("{" in text or "  " in text for text in texts)
+
+
+def test_random_strings_keep_the_classes_apart_and_nothing_else():
+    table = pd.DataFrame(camus.CLASSES, columns=["view", "phase"])
+    texts = prompts.make(table, "random", seed=3)
+    assert len(set(texts)) == 4 and texts == prompts.make(table, "random", seed=3)
+    assert set(texts).isdisjoint(prompts.make(table, "random", seed=4))
+    plain = prompts.make(table, "paper")
+    for text, paper in zip(texts, plain, strict=True):
+        changed = set(prompts.words(text)) ^ set(prompts.words(paper))
+        assert len(changed) == 4 and "chamber" not in text
+        assert all(len(word) == 6 for word in set(prompts.words(text)) & changed)
+
+
+def test_ef_classes_at_their_borders():
+    values = (18, 40, 40.4, 41, 49.4, 50, 70, np.nan, None)
+    names = ["reduced"] * 3 + ["mildly reduced"] * 2 + ["normal"] * 2 + ["", ""]
+    assert [prompts.ef_class(value) for value in values] == names
+
+
+def test_atrium_s_size_is_the_ratio_of_two_areas():
+    """LA at ES of 20, 50 and 80 pixels beside an LV at ED of 100: small, normal, enlarged."""
+    rows, masks = [], []
+    for number, atrium in enumerate((20, 50, 80)):
+        for view, phase in camus.CLASSES:
+            rows.append(dict(patient=f"patient{number}", view=view, phase=phase, ef=50.0))
+            mask = np.zeros((20, 20), np.uint8)
+            mask.flat[: 100 if phase == "ED" else 60] = 1
+            mask.flat[200 : 200 + (atrium if phase == "ES" else 5)] = 3
+            masks.append(mask)
+    table = pd.DataFrame(rows).assign(lateral_mm=np.nan, depth_mm=np.nan)
+    masks = torch.from_numpy(np.stack(masks))
+    frames = data.Frames(torch.zeros(len(masks), 1, 20, 20), masks, table)
+    assert prompts.la_ratio(frames).tolist() == [0.2, 0.5, 0.8]
+    sizes = prompts.facts(frames).groupby("patient")["la_size"].unique()
+    assert [size.tolist() for size in sizes] == [["small"], ["normal"], ["enlarged"]]
+    only_ed = prompts.facts(frames.where(table["phase"] == "ED"))
+    assert only_ed["la_size"].isna().all()
+
+
+def test_facts_fill_what_the_folder_does_not_say(frames):
+    silent = frames.table["patient"] == frames.table["patient"].iloc[0]
+    table = frames.table.assign(ef=frames.table["ef"].where(~silent))
+    known = prompts.facts(data.Frames(frames.images, frames.masks, table))
+    assert (
+        known["ef"].notna().all() and known["la_size"].isin(["small", "normal", "enlarged"]).all()
+    )
+    pd.testing.assert_series_equal(known["ef"][~silent], frames.table["ef"][~silent])
+    assert known["ef"][silent].nunique() == 1
+
+
+def test_every_prompt_is_made_of_known_words(rows):
+    for template in prompts.TEMPLATES:
+        for wording in range(prompts.WORDINGS):
+            for text in prompts.make(rows, template, wording):
+                assert prompts.check(text) == text and text in prompts.every()
+    assert len(set(prompts.every())) == len(prompts.every())
+
+
+@pytest.mark.parametrize(
+    ("text", "named"), [("a kidney in two-chamber view", "kidney"), (" ,", "no words")]
+)
+def test_unknown_words_are_named(text, named):
+    with pytest.raises(DiffEchoError, match=named):
+        prompts.check(text)
+
+
+def test_unknown_template_and_wording_are_refused(rows):
+    for arguments in (("poem", 0), ("paper", 3), ("paper", -1)):
+        with pytest.raises(DiffEchoError, match="templates are .*wordings 0 to 2"):
+            prompts.make(rows, *arguments)
+
+
+def test_sizes_of_the_atrium_are_the_training_patients_own(real_root):
+    """The two borders are the 20th and the 80th percentile of the training patients of CAMUS."""
+    table = camus.select(camus.read_table(real_root), split="training")
+    ratio = prompts.la_ratio(data.load_frames(table, 128))
+    borders = (prompts.LA_SMALL, prompts.LA_ENLARGED)
+    np.testing.assert_allclose(ratio.quantile([0.2, 0.8]), borders, atol=0.001)
