@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from diffecho_utils import DiffEchoError
-from diffecho_utils.camus import LABELS
+from diffecho_utils.camus import CLASSES, LABELS, PHASES
 
 DISKS = 20
 
@@ -27,54 +27,69 @@ def areas(masks, spacing=None):
     return counts * np.prod(np.asarray(spacing, dtype=float), axis=1)[:, None] / 100
 
 
-def long_axis(mask, spacing=(1.0, 1.0)):
-    """The ventricle's long axis: (base, apex), each (lateral, depth) in mm, pixels without spacing.
+def long_axis(mask, spacing=(1.0, 1.0), chamber="LV cavity"):
+    """The long axis of the ventricle, or of the atrium (`chamber="LA"`): (base, tip).
 
-    Base: middle of the mitral plane, taken as the cavity's border with the atrium (without an
-    atrium label: the lower edge of the cavity's deepest tenth). Apex: the cavity's point farthest
-    from it. Raises DiffEchoError where the label map (H, W) has no LV cavity.
+    Each (lateral, depth) in mm, pixels without spacing. Base: middle of the mitral plane, taken as
+    the cavity's border with the atrium (without an atrium label: below the cavity's middle, with
+    whatever is not myocardium). Tip: the chamber's point farthest from it. Raises DiffEchoError
+    where the label map (H, W) has no such chamber, or a cavity without an opening.
     """
     mask = np.asarray(mask)
     cavity = mask == LABELS["LV cavity"]
-    if not cavity.any():
-        raise DiffEchoError(
-            "label map without LV cavity (label 1): no long axis; leave the frame out"
-        )
-    atrium = mask == LABELS["LA"]
-    sides = [cavity & _dilate(atrium, 3), atrium & _dilate(cavity, 3)]
-    if not sides[0].any():
-        deep = np.arange(len(mask))[:, None] >= np.quantile(np.nonzero(cavity)[0], 0.9)
-        sides = [cavity & deep & ~np.roll(cavity, -1, axis=0)]  # pixels with no cavity below
+    for name in ("LV cavity", chamber):
+        if not (mask == LABELS[name]).any():
+            raise DiffEchoError(
+                f"label map without {name} (label {LABELS[name]}): no long axis; leave the frame out"
+            )
+    beyond = mask == LABELS["LA"]
+    if not beyond.any():
+        beyond = (mask != LABELS["LV cavity"]) & (mask != LABELS["myocardium"])
+        beyond[: int(np.nonzero(cavity)[0].mean())] = False
     # Midway between both sides: the cavity's side alone lies inside the cavity and shortens the
     # axis by a fixed number of pixels, which lowers the EF, the more the smaller the picture.
+    sides = [cavity & _dilate(beyond, 3), beyond & _dilate(cavity, 3)]
+    if not sides[0].any():
+        raise DiffEchoError(
+            "the LV cavity meets neither atrium nor, below its middle, background: no mitral plane "
+            "and no long axis; leave the frame out"
+        )
     base = np.mean([_points(side, spacing).mean(0) for side in sides], axis=0)
-    points = _points(cavity, spacing)
-    apex = points[np.argmax(((points - base) ** 2).sum(1))]
-    return base, apex
+    points = _points(mask == LABELS[chamber], spacing)
+    return base, points[np.argmax(((points - base) ** 2).sum(1))]
 
 
-def disk_diameters(mask, spacing=(1.0, 1.0), disks=DISKS):
-    """(diameters, length): the cavity's width across each of `disks` equal slices of its long axis.
+def disk_diameters(mask, spacing=(1.0, 1.0), chamber="LV cavity"):
+    """(diameters, length): the chamber's width across each of 20 equal slices of its long axis.
 
-    diameters: (disks,) mm from base to apex (a slice's area over its thickness); length: mm.
+    diameters: (20,) mm from the mitral plane to the tip (a slice's area over its thickness);
+    length: mm. Raises DiffEchoError as `long_axis` does.
     """
-    base, apex = long_axis(mask, spacing)
-    length = float(np.linalg.norm(apex - base))
-    if length == 0:
-        raise DiffEchoError("the LV cavity is a single point: no long axis; leave the frame out")
-    points = _points(np.asarray(mask) == LABELS["LV cavity"], spacing)
-    along = (points - base) @ (apex - base) / length**2
-    slices = np.clip((along * disks).astype(int), 0, disks - 1)
+    base, tip = long_axis(mask, spacing, chamber)
+    length = float(np.linalg.norm(tip - base))
+    points = _points(np.asarray(mask) == LABELS[chamber], spacing)
+    along = (points - base) @ (tip - base) / length**2
+    slices = np.clip((along * DISKS).astype(int), 0, DISKS - 1)
     pixel = spacing[0] * spacing[1]
-    return np.bincount(slices, minlength=disks) * pixel / (length / disks), length
+    return np.bincount(slices, minlength=DISKS) * pixel / (length / DISKS), length
 
 
-def biplane_volume(mask_2ch, mask_4ch, spacing_2ch=(1.0, 1.0), spacing_4ch=(1.0, 1.0)):
-    """LV volume in mL from the two views of one phase (voxel units without spacing)."""
-    diameters_2ch, length_2ch = disk_diameters(mask_2ch, spacing_2ch)
-    diameters_4ch, length_4ch = disk_diameters(mask_4ch, spacing_4ch)
-    thickness = max(length_2ch, length_4ch) / DISKS
-    return float(np.pi / 4 * (diameters_2ch * diameters_4ch).sum() * thickness / 1000)
+def disk_volume(diameters_2ch, diameters_4ch, length):
+    """Volume in mL of a stack of elliptic disks: diameters (20,) mm in each view, height of all in mm."""
+    return float(np.pi / 4 * (diameters_2ch * diameters_4ch).sum() * length / DISKS / 1000)
+
+
+def biplane_volume(
+    mask_2ch, mask_4ch, spacing_2ch=(1.0, 1.0), spacing_4ch=(1.0, 1.0), chamber="LV cavity"
+):
+    """Volume of a chamber in mL from the two views of one phase, by disks as high as the longer axis.
+
+    With `chamber="LA"` the left atrium's; with one label map given for both views the single-plane
+    volume. Without spacing the unit is a thousand cubic pixels.
+    """
+    diameters_2ch, length_2ch = disk_diameters(mask_2ch, spacing_2ch, chamber)
+    diameters_4ch, length_4ch = disk_diameters(mask_4ch, spacing_4ch, chamber)
+    return disk_volume(diameters_2ch, diameters_4ch, max(length_2ch, length_4ch))
 
 
 def ejection_fraction(end_diastolic_volume, end_systolic_volume):
@@ -82,36 +97,40 @@ def ejection_fraction(end_diastolic_volume, end_systolic_volume):
     return 100 * (end_diastolic_volume - end_systolic_volume) / end_diastolic_volume
 
 
-def patients_ef(frames):
+def patients_ef(frames, one_height=False):
     """Biplane volumes and EF of every patient with all four frames: patient, edv, esv, ef.
 
     `frames` is a `data.Frames`. Volumes are in mL, NaN where the pixel spacing is unknown; the
     ejection fraction is a ratio and needs none.
+
+    The recommendations measure the axis anew in each phase, so that its shortening is part of the
+    EF: the default. With `one_height` both phases have disks as high as the longest of the four
+    axes, as in CAMUS's public evaluation script: the shortening drops out, and the EF is lower.
+    Only so do CAMUS's label maps give about the published half of patients at or below 45 %.
     """
     rows = []
     for patient, group in frames.table.groupby("patient"):
-        index = {
-            (row.view, row.phase): i for i, row in zip(group.index, group.itertuples(), strict=True)
-        }
-        if len(index) < 4:
-            continue
-        spacing = {
-            key: tuple(frames.table.loc[i, ["lateral_mm", "depth_mm"]].astype(float))
-            for key, i in index.items()
-        }
-        known = not np.isnan(list(spacing.values())).any()
-        volume = {}
-        for phase in ("ED", "ES"):
-            keys = [("2CH", phase), ("4CH", phase)]
-            masks = [frames.masks[index[key]].numpy() for key in keys]
-            volume[phase] = biplane_volume(
-                *masks, *(spacing[key] if known else (1.0, 1.0) for key in keys)
+        spacing = group[["lateral_mm", "depth_mm"]].astype(float)
+        known = spacing.notna().all(axis=None)
+        disks = {
+            (row["view"], row["phase"]): disk_diameters(
+                frames.masks[i].numpy(), spacing.loc[i].to_numpy() if known else (1.0, 1.0)
             )
-        ef = ejection_fraction(volume["ED"], volume["ES"])
-        scale = 1.0 if known else np.nan
-        rows.append(
-            dict(patient=patient, edv=volume["ED"] * scale, esv=volume["ES"] * scale, ef=ef)
+            for i, row in group.iterrows()
+        }
+        if len(disks) < len(CLASSES):
+            continue
+        height = {
+            phase: max(length for key, (_, length) in disks.items() if one_height or phase in key)
+            for phase in PHASES
+        }
+        edv, esv = (
+            disk_volume(disks["2CH", phase][0], disks["4CH", phase][0], height[phase])
+            for phase in PHASES
         )
+        unit = 1.0 if known else np.nan
+        ef = ejection_fraction(edv, esv)
+        rows.append(dict(patient=patient, edv=edv * unit, esv=esv * unit, ef=ef))
     return pd.DataFrame(rows, columns=["patient", "edv", "esv", "ef"])
 
 
