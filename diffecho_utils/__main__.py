@@ -5,7 +5,7 @@ import json
 import sys
 from pathlib import Path
 
-from diffecho_utils import DiffEchoError, camus
+from diffecho_utils import DiffEchoError, camus, prompts
 
 
 def main(arguments=None):
@@ -54,6 +54,15 @@ def check_command(options):
     print(f"{options.root}: {len(table)} frames of {table.patient.nunique()} patients, all usable")
     print("patients in each split: " + ", ".join(f"{k or 'none'} {n}" for k, n in splits.items()))
     return 0
+
+
+def prompts_command(options):
+    from diffecho_utils import data, profiles, results
+
+    frames = data.load_frames(camus.read_table(options.root), profiles.get("cpu").side)
+    table = prompts.wordings(prompts.facts(frames), options.template)
+    results.write_text(options.out, table.to_csv(index=False, lineterminator="\n"))
+    print(f"wrote {prompts.WORDINGS} prompts for each of {len(frames)} frames to {options.out}")
 
 
 def train_command(options):
@@ -196,6 +205,11 @@ def _parser():
     )
     sub.add_argument("root", type=Path, metavar="ROOT")
     sub.add_argument("--json", action="store_true", help="print the list as JSON")
+
+    sub = command("prompts", prompts_command, "write the prompts of a folder's frames as a table")
+    sub.add_argument("root", type=Path, metavar="ROOT")
+    sub.add_argument("out", type=Path, metavar="OUT.csv")
+    sub.add_argument("--template", default="clinical", choices=prompts.TEMPLATES)
 
     sub = command("train", train_command, "train a network; interrupted runs go on with --resume")
     sub.add_argument("model", choices=("autoencoder", "unconditional"), metavar="MODEL")

@@ -107,6 +107,16 @@ def make(table, template="clinical", wording=0, seed=0):
     return prompts
 
 
+def wordings(table, template="clinical", seed=0):
+    """Every wording of every row: data frame patient, view, phase, wording, prompt; `WORDINGS` rows a frame."""
+    keys = table[["patient", "view", "phase"]].reset_index(drop=True)
+    parts = [
+        keys.assign(wording=wording, prompt=make(table, template, wording, seed))
+        for wording in range(WORDINGS)
+    ]
+    return pd.concat(parts).sort_index(kind="stable").reset_index(drop=True)
+
+
 def facts(frames):
     """The table of `frames` (a `data.Frames`) with what its label maps can tell: columns ef, la_size.
 

@@ -5,7 +5,8 @@ import pandas as pd
 import pytest
 import torch
 
-from diffecho_utils import DiffEchoError, camus, data, prompts
+from diffecho_utils import DiffEchoError, assets, camus, data, phantom, profiles, prompts
+from diffecho_utils.__main__ import main
 
 
 @pytest.fixture
@@ -125,3 +126,24 @@ def test_sizes_of_the_atrium_are_the_training_patients_own(real_root):
     ratio = prompts.la_ratio(data.load_frames(table, 128))
     borders = (prompts.LA_SMALL, prompts.LA_ENLARGED)
     np.testing.assert_allclose(ratio.quantile([0.2, 0.8]), borders, atol=0.001)
+
+
+def test_the_command_writes_the_frozen_prompts(tmp_path):
+    """`data/prompts.csv` is the default phantom's; its first patients are made again here."""
+    cpu = profiles.get("cpu")
+    root = phantom.write(tmp_path / "phantom", patients=4, seed=cpu.phantom_seed)
+    out = tmp_path / "prompts.csv"
+    assert main(["prompts", str(root), str(out)]) == 0
+    lines = out.read_text().splitlines()
+    frozen = (assets.root() / "data" / "prompts.csv").read_text().splitlines()
+    assert frozen[: len(lines)] == lines and len(lines) == 1 + 4 * 4 * prompts.WORDINGS
+    assert len(frozen) == 1 + cpu.phantom_patients * 4 * prompts.WORDINGS
+
+
+def test_the_command_takes_a_template(phantom_root, tmp_path):
+    out = tmp_path / "prompts.csv"
+    main(["prompts", str(phantom_root), str(out), "--template", "paper-seg"])
+    table = pd.read_csv(out)
+    assert list(table) == ["patient", "view", "phase", "wording", "prompt"]
+    assert table["prompt"].str.contains("chamber").all()
+    assert table["prompt"].nunique() == 2 * prompts.WORDINGS
