@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from diffecho_utils import camus
+from diffecho_utils import camus, prompts
 
-_CACHE_VERSION = 1  # raise when the preprocessing below changes
+_CACHE_VERSION = 2  # raise when the preprocessing below changes
 
 
 @dataclass(frozen=True)
@@ -96,29 +96,31 @@ def to_square(image, mask, spacing, side, keep_aspect=True):
     return F.pad(image, padding), F.pad(mask, padding), scaled
 
 
-def jitter(images, masks, generator, degrees=8.0, shift=0.05, zoom=0.1, gain=0.15, contrast=0.2):
+def draw_jitter(n, generator):
+    """The random numbers of `jitter` for n frames: (n, 6) uniform in [-1, 1] on the CPU."""
+    return torch.rand(n, 6, generator=generator) * 2 - 1
+
+
+def jitter(images, masks, drawn, degrees=8.0, shift=0.05, zoom=0.1, gain=0.15, contrast=0.2):
     """One random affine map for each image and its label map, then brightness and contrast.
 
-    images: (N, 1, H, W) in [-1, 1], masks: (N, H, W) uint8. Rotation in +-degrees, translation in
-    +-shift of the side, zoom in 1 +-zoom, intensity x -> contrast * x + gain. No flips: a mirrored
-    four-chamber view is an anatomy that does not exist (chapter 03 measures what flips do).
+    images: (N, 1, H, W) in [-1, 1], masks: (N, H, W) uint8, drawn: `draw_jitter(N, ...)`. Rotation in
+    +-degrees, translation in +-shift of the side, zoom in 1 +-zoom, intensity x -> contrast * x +
+    gain. No flips: a mirrored four-chamber view is an anatomy that does not exist (chapter 03
+    measures what flips do). Works where `images` are, CPU or GPU.
     """
     n = len(images)
-
-    def uniform(half_width):
-        return (torch.rand(n, generator=generator) * 2 - 1) * half_width
-
-    angle = torch.deg2rad(uniform(degrees))
-    scale = 1 + uniform(zoom)
+    turn, grow, right, down, brighter, stronger = drawn.to(images.device).unbind(1)
+    angle, scale = torch.deg2rad(turn * degrees), 1 + grow * zoom
     cos, sin = scale * torch.cos(angle), scale * torch.sin(angle)
-    rows = [cos, -sin, 2 * uniform(shift), sin, cos, 2 * uniform(shift)]
+    rows = [cos, -sin, 2 * shift * right, sin, cos, 2 * shift * down]
     grid = F.affine_grid(torch.stack(rows, 1).reshape(n, 2, 3), images.shape, align_corners=False)
     zero = (images + 1) / 2  # pad with black, the value outside the sector
     moved = F.grid_sample(zero, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
     labels = F.grid_sample(
         masks[:, None].float(), grid, mode="nearest", padding_mode="zeros", align_corners=False
     )
-    factor, offset = (1 + uniform(contrast)), uniform(gain)
+    factor, offset = 1 + stronger * contrast, brighter * gain
     sector = moved > 0.5 / 255  # the black surround stays black
     lit = (moved * factor.view(n, 1, 1, 1) + offset.view(n, 1, 1, 1) * sector).clamp(0, 1)
     return lit * 2 - 1, labels[:, 0].to(torch.uint8)
@@ -147,25 +149,45 @@ def decode(vae, latents, batch=64):
 def latent_views(vae, frames, views=1, seed=0, cache_dir=None, **amounts):
     """Latents of each frame as it is and of `views` - 1 copies under `jitter(**amounts)`, for training.
 
-    Returns {"latents": (views * N, C, h, w) float32, "class_labels": (views * N,) int64}. Cached in
-    `cache_dir` under the frames, the autoencoder's weights and the settings.
+    Returns {"latents": (views * N, C, h, w) float32, "masks": (views * N, H, W) uint8, moved alike}.
+    Cached in `cache_dir` under the frames, the autoencoder's weights and the settings.
     """
     weights = hashlib.sha256()
     for tensor in vae.state_dict().values():
         weights.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    content = hashlib.sha256(frames.images.numpy()).hexdigest()
-    key = [_CACHE_VERSION, weights.hexdigest(), content, views, seed, amounts]
+    content = hashlib.sha256(frames.images.numpy())
+    content.update(frames.masks.numpy())
+    key = [_CACHE_VERSION, weights.hexdigest(), content.hexdigest(), views, seed, amounts]
 
     def make():
         generator = torch.Generator().manual_seed(seed)
-        parts = [encode(vae, frames.images)]
+        latents, masks = [encode(vae, frames.images)], [frames.masks]
         for _ in range(views - 1):
-            copies, _ = jitter(frames.images, frames.masks, generator, **amounts)
-            parts.append(encode(vae, copies))
-        return {"latents": torch.cat(parts)}
+            drawn = draw_jitter(len(frames), generator)
+            copies, moved = jitter(frames.images, frames.masks, drawn, **amounts)
+            latents.append(encode(vae, copies))
+            masks.append(moved)
+        return {"latents": torch.cat(latents), "masks": torch.cat(masks)}
 
-    latents = cached(cache_dir, "latents", key, make)["latents"]
-    return {"latents": latents, "class_labels": frames.classes.repeat(views)}
+    return cached(cache_dir, "latents", key, make)
+
+
+def prompt_table(frames, templates):
+    """The prompts of each frame in every wording of `templates`: (list of texts, (N, P) int64 ids).
+
+    ids index the list, whose first entry is "", the null prompt; P = len(templates) * WORDINGS.
+    """
+    table = prompts.facts(frames)
+    columns = [
+        prompts.make(table, template, wording)
+        for template in templates
+        for wording in range(prompts.WORDINGS)
+    ]
+    texts = ["", *dict.fromkeys(text for column in columns for text in column)]
+    index = {text: i for i, text in enumerate(texts)}
+    return texts, torch.tensor(
+        [[index[text] for text in row] for row in zip(*columns, strict=True)]
+    )
 
 
 def cached(cache_dir, name, key, make):

@@ -1,9 +1,13 @@
-"""The networks: build them for a profile, save and load them as standard diffusers folders.
+"""The networks: build them for a profile, save and load them as standard folders.
 
-Chapters 02 and 03. Everything here is a stock class, so `AutoencoderKL.from_pretrained(folder)` and
-its like load the same folders without this package.
+Chapters 02 to 06. Everything here is a stock class of diffusers, transformers or MONAI, so
+`AutoencoderKL.from_pretrained(folder)` and its like load the same folders without this package.
+
+The four denoisers at the end are all that differs between the four generators: each takes noisy
+latents, timesteps and its own conditions, and training and sampling call them alike.
 """
 
+import copy
 import hashlib
 import json
 import os
@@ -12,29 +16,40 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DModel
+import torch.nn.functional as F
+import transformers
+from diffusers import (
+    AutoencoderKL,
+    ControlNetModel,
+    DDPMScheduler,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
+from monai.networks import nets
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers import models as token_models
+from tokenizers.trainers import BpeTrainer
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+)
 
 from diffecho_utils import DiffEchoError, camus
 
+transformers.utils.logging.disable_progress_bar()  # a bar for each file is noise in a page
+
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-
-
-@dataclass(frozen=True)
-class Generator:
-    """What sampling needs: a denoiser, the noise schedule it was trained on, and the autoencoder."""
-
-    unet: UNet2DModel
-    scheduler: DDPMScheduler
-    vae: AutoencoderKL
-
-    @property
-    def latent_shape(self):
-        """(C, h, w) of one latent."""
-        config = self.unet.config
-        return (config.in_channels, config.sample_size, config.sample_size)
+CLIP_WEIGHTS = "model.safetensors"
+TOKENS = 48  # longest prompt, in tokens
+GENERATORS = ("unconditional", "text", "text-seg", "sdm")
+MONAI_NETWORKS = ("SPADEDiffusionModelUNet", "UNet", "ResNet")
 
 
 def build_autoencoder(profile):
@@ -68,13 +83,9 @@ def build_discriminator(channels=(32, 64, 96)):
     return nn.Sequential(*layers, spectral_norm(nn.Conv2d(inputs, 1, 3, 1, 1)))
 
 
-def build_unet(profile):
-    """UNet2DModel on latents, told the class (view and phase) beside the timestep.
-
-    The paper trains one model for each of the four classes; here four models share their weights and
-    a learned class embedding, added to the timestep's, tells them apart.
-    """
-    channels = profile.unet_channels
+def build_unconditional(profile):
+    """UNet2DModel on latents that is told the timestep only: one for each of the four classes."""
+    channels = profile.unconditional_channels
     attention = len(channels) - 1  # every level but the first
     return UNet2DModel(
         sample_size=profile.side // autoencoder_factor(profile),
@@ -83,10 +94,133 @@ def build_unet(profile):
         block_out_channels=channels,
         down_block_types=("DownBlock2D",) + ("AttnDownBlock2D",) * attention,
         up_block_types=("AttnUpBlock2D",) * attention + ("UpBlock2D",),
-        layers_per_block=2,
+        layers_per_block=1,
         norm_num_groups=16,
         attention_head_dim=16,
-        num_class_embeds=len(camus.CLASSES),
+    )
+
+
+def build_text_unet(profile):
+    """UNet2DConditionModel: cross-attention to the tokens of a prompt at every level but the first.
+
+    Profile paper: Stable Diffusion's own, from a local folder or the Hub.
+    """
+    if profile.pretrained:
+        return UNet2DConditionModel.from_pretrained(profile.pretrained, subfolder="unet")
+    channels = profile.unet_channels
+    crossed = len(channels) - 1
+    return UNet2DConditionModel(
+        sample_size=profile.side // autoencoder_factor(profile),
+        in_channels=profile.latent_channels,
+        out_channels=profile.latent_channels,
+        block_out_channels=channels,
+        down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * crossed,
+        up_block_types=("CrossAttnUpBlock2D",) * crossed + ("UpBlock2D",),
+        layers_per_block=1,
+        cross_attention_dim=profile.clip_width,
+        attention_head_dim=4,
+        norm_num_groups=16,
+    )
+
+
+def build_controlnet(unet):
+    """ControlNetModel: a trainable copy of the text model's encoder, joined by zero convolutions.
+
+    The control image has three channels, red the LV cavity, green the myocardium, blue the atrium,
+    so that stock pipelines take a label map as an RGB picture.
+    """
+    return ControlNetModel.from_unet(
+        unet, conditioning_channels=3, conditioning_embedding_out_channels=(16, 32, 64, 96)
+    )
+
+
+def build_sdm(profile):
+    """MONAI's SPADEDiffusionModelUNet: the label map modulates every normalisation of the decoder."""
+    channels = profile.sdm_channels
+    return _monai(
+        "SPADEDiffusionModelUNet",
+        spatial_dims=2,
+        in_channels=profile.latent_channels,
+        out_channels=profile.latent_channels,
+        label_nc=len(camus.LABELS),
+        num_res_blocks=1,
+        channels=channels,
+        attention_levels=(False,) + (True,) * (len(channels) - 1),
+        norm_num_groups=16,
+        num_head_channels=16,
+        spade_intermediate_channels=32,
+    )
+
+
+def build_tokenizer(texts):
+    """CLIPTokenizer whose byte-pair merges were learned on `texts`: any word can be spelled with it."""
+    bpe = Tokenizer(token_models.BPE(end_of_word_suffix="</w>", continuing_subword_prefix=""))
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    bounds = ["<|startoftext|>", "<|endoftext|>"]
+    trainer = BpeTrainer(
+        vocab_size=1000,
+        special_tokens=bounds,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        end_of_word_suffix="</w>",
+        show_progress=False,
+    )
+    bpe.train_from_iterator([text.lower() for text in texts], trainer)
+    model = json.loads(bpe.to_str())["model"]
+    vocabulary = dict(model["vocab"])
+    for letter in sorted(pre_tokenizers.ByteLevel.alphabet()):  # letters that end a word
+        vocabulary.setdefault(f"{letter}</w>", len(vocabulary))
+    merges = [tuple(pair) for pair in model["merges"]]
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=TOKENS)
+
+
+def build_clip(profile, tokenizer):
+    """CLIPModel (Radford et al. 2021) with small towers: a text transformer and a vision transformer."""
+    width, layers = profile.clip_width, profile.clip_layers
+    tower = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": width // 32}
+    tower |= {"intermediate_size": 4 * width}
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    ends |= {"pad_token_id": tokenizer.pad_token_id, "max_position_embeddings": TOKENS}
+    text = CLIPTextConfig(vocab_size=len(tokenizer), projection_dim=width, **tower, **ends)
+    vision = CLIPVisionConfig(
+        image_size=profile.side,
+        patch_size=profile.side // 8,
+        num_channels=1,
+        attention_dropout=0.1,
+        projection_dim=width,
+        **tower,
+    )
+    return CLIPModel(
+        CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=width)
+    )
+
+
+def build_segmenter(profile):
+    """MONAI UNet: (N, 1, H, W) in [-1, 1] -> (N, 4, H, W) logits of CAMUS's labels."""
+    channels = profile.segmenter_channels
+    return _monai(
+        "UNet",
+        spatial_dims=2,
+        in_channels=1,
+        out_channels=len(camus.LABELS),
+        channels=channels,
+        strides=(2,) * (len(channels) - 1),
+        num_res_units=2,
+    )
+
+
+def build_classifier(profile):
+    """MONAI ResNet with one block a stage: (N, 1, H, W) in [-1, 1] -> (N, 4) logits of `camus.CLASSES`."""
+    return _monai(
+        "ResNet",
+        block="basic",
+        layers=[1, 1, 1, 1],
+        block_inplanes=list(profile.classifier_channels),
+        spatial_dims=2,
+        n_input_channels=1,
+        num_classes=len(camus.CLASSES),
     )
 
 
@@ -112,27 +246,157 @@ def count_parameters(module):
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def save_autoencoder(vae, folder, training):
-    """Write the autoencoder as a diffusers folder, half precision, with `training` as training.json."""
-    _replace_folder(folder, lambda beside: _save_half(vae, beside), training)
+class Unconditional(nn.Module):
+    """Four networks, one a class: `classes` (N,) says which; None: the only one there is."""
+
+    def __init__(self, unets):
+        super().__init__()
+        self.unets = nn.ModuleList(unets)
+
+    def forward(self, noisy, timesteps, classes=None):
+        if classes is None:
+            return self.unets[0](noisy, timesteps).sample
+        predicted = torch.empty_like(noisy)
+        for index in classes.unique():
+            rows = classes == index
+            unet = self.unets[int(index)]
+            predicted[rows] = unet(noisy[rows], timesteps[rows]).sample.to(noisy.dtype)
+        return predicted
 
 
-def save_unconditional(unet, folder, autoencoder, training):
-    """Write unet/ and scheduler/ of the unconditional generator, and which autoencoder it belongs to.
+class TextGuided(nn.Module):
+    """The text model: `text` is (N, L, D), the last hidden states of the prompts' tokens."""
 
-    `autoencoder` is that checkpoint's folder; its path relative to `folder` and the SHA-256 of its
-    weights go to training.json.
+    def __init__(self, unet):
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, noisy, timesteps, text):
+        return self.unet(noisy, timesteps, text).sample
+
+
+class TextSegmentationGuided(nn.Module):
+    """ControlNet on the frozen text model: `masks` (N, H, W) label maps steer it, beside `text`."""
+
+    def __init__(self, unet, controlnet):
+        super().__init__()
+        self.unet, self.controlnet = unet.requires_grad_(False), controlnet
+
+    def forward(self, noisy, timesteps, text, masks):
+        down, middle = self.controlnet(
+            noisy, timesteps, text, controlnet_cond=control_image(masks), return_dict=False
+        )
+        return self.unet(
+            noisy,
+            timesteps,
+            text,
+            down_block_additional_residuals=down,
+            mid_block_additional_residual=middle,
+        ).sample
+
+
+class SemanticDiffusion(nn.Module):
+    """SDM in the latent space: SPADE layers see which share of each latent pixel has which label.
+
+    `masks` (N, H, W) label maps; where `unlabelled` (N,) is true the map counts as unknown: all
+    shares zero, the null condition of its guidance.
     """
 
-    def write(beside):
-        _save_half(unet, beside / "unet")
-        build_scheduler().save_pretrained(beside / "scheduler")
+    def __init__(self, unet):
+        super().__init__()
+        self.unet = unet
 
-    reference = {
-        "path": os.path.relpath(Path(autoencoder).resolve(), Path(folder).resolve()),
-        "sha256": _sha256(Path(autoencoder) / WEIGHTS),
+    def forward(self, noisy, timesteps, masks, unlabelled=None):
+        shares = F.adaptive_avg_pool2d(_one_hot(masks), noisy.shape[-2:])
+        if unlabelled is not None:
+            shares = shares * ~unlabelled.view(-1, 1, 1, 1)
+        return self.unet(noisy, timesteps, seg=shares)
+
+
+def control_image(masks):
+    """Label maps (N, H, W) as the ControlNet's RGB picture: (N, 3, H, W) float32, 0 or 1.
+
+    Raises DiffEchoError for labels that CAMUS does not have.
+    """
+    return _one_hot(masks)[:, 1:]
+
+
+def _one_hot(masks):
+    if masks.max() >= len(camus.LABELS) or masks.min() < 0:
+        raise DiffEchoError(
+            f"label map with labels {masks.unique().tolist()}, known are {camus.LABELS}; map them to these"
+        )
+    return F.one_hot(masks.long(), len(camus.LABELS)).movedim(-1, 1).float()
+
+
+def tokens(tokenizer, texts):
+    """(N, L) int64 ids of N texts in lower case, each padded or cut to `TOKENS`."""
+    return tokenizer(
+        [text.lower() for text in texts],
+        padding="max_length",
+        max_length=TOKENS,
+        truncation=True,
+        return_tensors="pt",
+    ).input_ids
+
+
+class TextEncoder:
+    """Prompts to token states: the text half of a CLIP checkpoint, on the device it is called for."""
+
+    def __init__(self, clip_folder):
+        clip, self.tokenizer = load_clip(clip_folder)
+        self.model = clip.text_model
+
+    @torch.no_grad()
+    def __call__(self, texts):
+        """(N, L, D) float32 last hidden states of N texts, each padded to `TOKENS`; "" is the null prompt."""
+        ids = tokens(self.tokenizer, texts)
+        device = next(self.model.parameters()).device
+        return self.model(ids.to(device)).last_hidden_state
+
+
+@dataclass(frozen=True)
+class Generator:
+    """What sampling needs: a denoiser, its noise schedule, the autoencoder, and the words' encoder.
+
+    `text` is None for generators that read no prompts. `latent_shape` is (C, h, w) of one latent.
+    """
+
+    model: str
+    denoiser: nn.Module
+    scheduler: DDPMScheduler
+    vae: AutoencoderKL
+    latent_shape: tuple[int, int, int]
+    text: TextEncoder | None = None
+
+    def to(self, device):
+        """Move all its networks; returns the generator."""
+        for network in (self.denoiser, self.vae, self.text and self.text.model):
+            if network is not None:
+                network.to(device)
+        return self
+
+
+def save(parts, folder, training, needs=None):
+    """Write a checkpoint: `parts`, pairs of a subfolder and a network, scheduler or tokenizer.
+
+    Networks are kept in half precision; "" is the folder itself; `training` becomes training.json. `needs` {name: checkpoint folder} are
+    the checkpoints it was trained with: their relative paths and the SHA-256 of their weights are
+    kept there too. Written beside and renamed, so an earlier checkpoint stays whole until then.
+    """
+    references = {
+        name: {
+            "path": os.path.relpath(Path(needed).resolve(), Path(folder).resolve()),
+            "sha256": _weights_digest(needed),
+        }
+        for name, needed in (needs or {}).items()
     }
-    _replace_folder(folder, write, training | {"autoencoder": reference})
+
+    def write(beside):
+        for subfolder, part in parts:
+            _save_part(part, beside / subfolder)
+
+    _replace_folder(folder, write, training | {"needs": references})
 
 
 def load_autoencoder(folder):
@@ -143,21 +407,67 @@ def load_autoencoder(folder):
     return _load(AutoencoderKL, folder)
 
 
-def load_unconditional(folder):
-    """The unconditional `Generator` in `folder`, with the autoencoder that it was trained with."""
+def load_clip(folder):
+    """(CLIPModel, CLIPTokenizer) in `folder`; errors as `load_autoencoder`."""
+    return _load(CLIPModel, folder), CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def load_network(folder):
+    """The MONAI network (segmenter, classifier) in `folder`; errors as `load_autoencoder`."""
+    return _load(None, folder)
+
+
+def load_generator(folder):
+    """The `Generator` in `folder`, of whichever model, with the checkpoints it was trained with.
+
+    Raises DiffEchoError where one of those is missing or is not the one of the training.
+    """
     folder = Path(folder)
-    unet = _load(UNet2DModel, folder / "unet")
-    reference = read_training(folder).get("autoencoder")
+    model = read_training(folder).get("model")
+    if model not in GENERATORS:
+        raise DiffEchoError(f"{folder}: a checkpoint of {model!r}, no generator ({GENERATORS})")
+    base = needed(folder, "text") if model == "text-seg" else folder
+    vae = load_autoencoder(needed(base, "autoencoder"))
+    text = None
+    if model == "unconditional":
+        unets = [_load(UNet2DModel, folder / name) for name in camus.CLASS_NAMES]
+        denoiser, config = Unconditional(unets), unets[0].config
+    elif model == "sdm":
+        denoiser = SemanticDiffusion(_load(None, folder / "unet"))
+        config = denoiser.unet.config
+    else:
+        text = TextEncoder(needed(base, "clip"))
+        unet = _load(UNet2DConditionModel, base / "unet")
+        config = unet.config
+        denoiser = TextGuided(unet)
+        if model == "text-seg":
+            controlnet = _load(ControlNetModel, folder / "controlnet")
+            denoiser = TextSegmentationGuided(unet, controlnet)
+    side = read_training(folder)["latent_side"]
+    return Generator(
+        model,
+        denoiser.eval(),
+        DDPMScheduler.from_pretrained(base / "scheduler"),
+        vae,
+        (config["in_channels"], side, side),
+        text,
+    )
+
+
+def needed(folder, name):
+    """The checkpoint `name` that `folder` was trained with; DiffEchoError if it is another now."""
+    reference = read_training(folder).get("needs", {}).get(name)
     if not reference:
-        raise DiffEchoError(f"{folder}: training.json names no autoencoder; train or copy it again")
-    autoencoder = Path(os.path.normpath(folder.resolve() / reference["path"]))
-    vae = load_autoencoder(autoencoder)
-    if _sha256(autoencoder / WEIGHTS) != reference["sha256"]:
+        raise DiffEchoError(f"{folder}: training.json names no {name}; train or copy it again")
+    other = Path(os.path.normpath(Path(folder).resolve() / reference["path"]))
+    if not (other / "training.json").is_file():
+        raise DiffEchoError(f"{other}: missing, and {folder} needs this {name}; copy it there")
+    if _weights_digest(other) != reference["sha256"]:
         raise DiffEchoError(
-            f"{autoencoder}: not the autoencoder that {folder} was trained with (its SHA-256 differs); "
-            "restore that one, or train the generator again"
+            f"{other}: not the {name} that {folder} was trained with (its SHA-256 differs); "
+            f"restore that one, or train {Path(folder).name} again"
         )
-    return Generator(unet, DDPMScheduler.from_pretrained(folder / "scheduler"), vae)
+    return other
 
 
 def read_training(folder):
@@ -171,43 +481,77 @@ def read_training(folder):
         raise DiffEchoError(f"{path}: half-written ({error}); train or copy it again") from None
 
 
+def _monai(name, **settings):
+    """MONAI's network `name`, with its settings as `config`, as diffusers' networks have them."""
+    network = getattr(nets, name)(**settings)
+    network.config = {"_class_name": name} | settings
+    return network
+
+
 def _load(network, folder):
+    """The network in `folder`, float32; `network`: its class, None for one of MONAI's."""
     folder = Path(folder)
-    config = folder / "config.json"
-    if not config.is_file():
+    path = folder / "config.json"
+    if not path.is_file():
         raise DiffEchoError(
             f"{folder}: no config.json, so no checkpoint; pass a folder `train` wrote"
         )
     try:
-        found = json.loads(config.read_text()).get("_class_name")
+        config = json.loads(path.read_text())
     except ValueError as error:
-        raise DiffEchoError(f"{config}: half-written ({error}); train or copy it again") from None
-    if found != network.__name__:
-        raise DiffEchoError(f"{folder}: holds a {found}, expected a {network.__name__}")
+        raise DiffEchoError(f"{path}: half-written ({error}); train or copy it again") from None
+    found = config.get("_class_name") or (config.get("architectures") or ["nothing known"])[0]
+    wanted = MONAI_NETWORKS if network is None else (network.__name__,)
+    if found not in wanted:
+        raise DiffEchoError(f"{folder}: holds a {found}, expected a {' or '.join(wanted)}")
+    weights = folder / (CLIP_WEIGHTS if found == "CLIPModel" else WEIGHTS)
     try:
-        with safe_open(folder / WEIGHTS, "pt") as weights:
-            stored = {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}
+        with safe_open(weights, "pt") as file:
+            stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
     except (OSError, SafetensorError) as error:
         raise DiffEchoError(
-            f"{folder / WEIGHTS}: half-written or missing ({error}); copy it again"
+            f"{weights}: half-written or missing ({error}); copy it again"
         ) from None
-    model = network.from_config(network.load_config(folder))
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    if stored != wanted:
-        odd = sorted(set(stored.items()) ^ set(wanted.items()))[0][0]
+    if found == "CLIPModel":
+        model = network.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+        return model.eval()
+    model = (
+        _monai(found, **_without_name(config))
+        if network is None
+        else network.from_config(network.load_config(folder))
+    )
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if stored != expected:
+        odd = sorted(set(stored.items()) ^ set(expected.items()))[0][0]
         raise DiffEchoError(
             f"{folder}: weights and config.json describe different architectures (first at {odd!r}: "
-            f"{stored.get(odd)} stored, {wanted.get(odd)} expected); keep both files of one training"
+            f"{stored.get(odd)} stored, {expected.get(odd)} expected); keep both files of one training"
         )
-    model = network.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
+    model.load_state_dict(load_file(weights))
     return model.eval()
 
 
-def _save_half(model, folder):
-    """Save in half precision without changing `model` itself."""
-    half = type(model).from_config(model.config)
-    half.load_state_dict(model.state_dict())
-    half.half().save_pretrained(folder)
+def _without_name(config):
+    return {key: value for key, value in config.items() if key != "_class_name"}
+
+
+def _save_part(part, folder):
+    """Save one network (half precision, `part` itself unchanged), scheduler or tokenizer."""
+    if not isinstance(part, nn.Module):
+        part.save_pretrained(folder)
+    elif part.config.__class__ is dict:  # MONAI's
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {name: _half(tensor) for name, tensor in part.state_dict().items()}
+        save_file(tensors, folder / WEIGHTS)
+        (folder / "config.json").write_text(json.dumps(part.config, indent=1) + "\n")
+    else:
+        half = copy.deepcopy(part).cpu().half()
+        half.save_pretrained(folder)
+
+
+def _half(tensor):
+    tensor = tensor.detach().cpu().contiguous()
+    return tensor.half() if tensor.is_floating_point() else tensor
 
 
 def _replace_folder(folder, write, training):
@@ -227,8 +571,13 @@ def _replace_folder(folder, write, training):
     beside.rmdir()
 
 
-def _sha256(path):
+def _weights_digest(folder):
+    """SHA-256 over the weights of a checkpoint, all its parts, in order of their names."""
+    digest = hashlib.sha256()
     try:
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        for path in sorted(Path(folder).rglob("*.safetensors")):
+            if "state" not in path.relative_to(folder).parts:
+                digest.update(path.read_bytes())
     except OSError as error:
-        raise DiffEchoError(f"{path}: unreadable ({error}); copy the checkpoint again") from None
+        raise DiffEchoError(f"{folder}: unreadable ({error}); copy the checkpoint again") from None
+    return digest.hexdigest()

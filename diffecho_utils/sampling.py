@@ -18,37 +18,89 @@ from diffecho_utils import DiffEchoError, camus, data, results
 METADATA = ["file_name", "view", "phase", "prompt", "seed", "label_map"]
 
 
-@torch.no_grad()
-def sample(generator, classes, seeds, steps, *, scheduler=None, batch=50, progress=None):
-    """Draw one image for each class and seed: (N, 1, H, W) float32 in [-1, 1].
+# What each generator is told.
+CONDITIONS = {
+    "unconditional": {"classes"},
+    "text": {"prompts"},
+    "text-seg": {"prompts", "masks"},
+    "sdm": {"masks"},
+}
 
-    generator: `models.Generator`; classes: N indices into `camus.CLASSES`; seeds: N integers, each of
-    which fixes its image's noise whatever the batch. `scheduler` is any diffusers scheduler built
-    from the generator's configuration; the default, DPM-Solver++, needs about 20 steps.
-    `progress(done, N)` is called after each batch.
+
+@torch.no_grad()
+def sample(
+    generator, seeds, steps, *, guidance=1.0, scheduler=None, batch=50, progress=None, **conditions
+):
+    """Draw one image for each seed: (N, 1, H, W) float32 in [-1, 1].
+
+    generator: `models.Generator`; seeds: N integers, each of which fixes its image's noise whatever
+    the batch; conditions as in `CONDITIONS`: classes, N indices into `camus.CLASSES`; prompts, N
+    texts; masks, (N, H, W) uint8 label maps. `guidance` weighs the condition against the null
+    condition (Ho and Salimans 2022); 1 leaves it as trained. `scheduler` is any diffusers scheduler
+    built from the generator's configuration; the default, DPM-Solver++, needs about 20 steps.
+    `progress(done, N)` is called after each batch. Raises DiffEchoError for conditions that are
+    missing, too many or of the wrong size.
     """
-    if len(classes) != len(seeds):
-        raise DiffEchoError(
-            f"{len(classes)} classes for {len(seeds)} seeds; give one of each an image"
-        )
+    _check_conditions(generator, len(seeds), guidance, conditions)
     if scheduler is None:
         scheduler = DPMSolverMultistepScheduler.from_config(generator.scheduler.config)
-    device = next(generator.unet.parameters()).device
+    device = next(generator.denoiser.parameters()).device
     images = []
     for first in range(0, len(seeds), batch):
         part = slice(first, first + batch)
         latents = initial_noise(seeds[part], generator.latent_shape).to(device)
-        labels = torch.as_tensor(classes[part], device=device)
+        given, null = _conditions(generator, device, {k: v[part] for k, v in conditions.items()})
         scheduler.set_timesteps(steps, device=device)
         latents = latents * scheduler.init_noise_sigma
         for timestep in scheduler.timesteps:
             inputs = scheduler.scale_model_input(latents, timestep)
-            prediction = generator.unet(inputs, timestep, class_labels=labels).sample
+            times = timestep.expand(len(inputs)).to(device)
+            prediction = generator.denoiser(inputs, times, **given)
+            if guidance != 1:
+                unguided = generator.denoiser(inputs, times, **null)
+                prediction = unguided + guidance * (prediction - unguided)
             latents = scheduler.step(prediction, timestep, latents).prev_sample
         images.append(data.decode(generator.vae, latents))
         if progress:
             progress(min(first + batch, len(seeds)), len(seeds))
     return torch.cat(images)
+
+
+def _conditions(generator, device, conditions):
+    """The denoiser's arguments for these conditions, and for the null condition."""
+    given, null = {}, {}
+    if "classes" in conditions:
+        given["classes"] = torch.as_tensor(conditions["classes"], device=device)
+    if "prompts" in conditions:
+        texts = list(conditions["prompts"])
+        given["text"], null["text"] = generator.text(texts), generator.text([""] * len(texts))
+    if "masks" in conditions:
+        given["masks"] = null["masks"] = torch.as_tensor(conditions["masks"]).to(device)
+        if "prompts" not in conditions:
+            null["unlabelled"] = torch.ones(len(given["masks"]), dtype=torch.bool, device=device)
+    return given, null
+
+
+def _check_conditions(generator, n, guidance, conditions):
+    wanted = CONDITIONS[generator.model]
+    if set(conditions) != wanted:
+        raise DiffEchoError(
+            f"the {generator.model} generator is told {sorted(wanted)}, given {sorted(conditions)}"
+        )
+    for name, values in conditions.items():
+        if len(values) != n:
+            raise DiffEchoError(f"{len(values)} {name} for {n} seeds; give one of each an image")
+    if guidance != 1 and generator.model == "unconditional":
+        raise DiffEchoError(
+            "the unconditional generator has no null condition; leave guidance at 1"
+        )
+    factor = 2 ** (len(generator.vae.config.block_out_channels) - 1)
+    sides = tuple(factor * side for side in generator.latent_shape[1:])
+    if "masks" in conditions and tuple(conditions["masks"].shape[1:]) != sides:
+        raise DiffEchoError(
+            f"label maps of {tuple(conditions['masks'].shape[1:])} pixels for images of {sides}; "
+            "resize them by nearest neighbour (`data.to_square`)"
+        )
 
 
 def initial_noise(seeds, shape):
@@ -90,9 +142,8 @@ def write_synthetic(
     todo = [i for i, name in enumerate(table["file_name"]) if not (folder / name).exists()]
     for first in range(0, len(todo), batch):
         rows = todo[first : first + batch]
-        images = sample(
-            generator, classes[rows], table["seed"].to_numpy()[rows], steps, batch=batch
-        )
+        seeds = table["seed"].to_numpy()[rows]
+        images = sample(generator, seeds, steps, classes=classes[rows], batch=batch)
         for row, image in zip(rows, images, strict=True):
             save_image(image, folder / table["file_name"][row])
         if progress:

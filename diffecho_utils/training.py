@@ -1,12 +1,12 @@
 """The one training loop, and what it minimises for each network.
 
-Chapters 02 and 03. `fit` knows nothing of images: an objective (a module whose forward returns the
+Chapters 02 to 06. `fit` knows nothing of images: an objective (a module whose forward returns the
 loss) brings the network, and all randomness is a function of (seed, step). So a run that was
 interrupted ends with the very weights of one that was not, and two processes train what one
 process with twice the batch does.
 
     python -m diffecho_utils train autoencoder --data ROOT --profile cpu --out DIR [--resume]
-    accelerate launch -m diffecho_utils train unconditional --data ROOT --autoencoder DIR --out DIR
+    accelerate launch -m diffecho_utils train text --data ROOT --autoencoder DIR --clip DIR --out DIR
 """
 
 import dataclasses
@@ -22,15 +22,31 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator, PartialState
 from diffusers.training_utils import EMAModel
-from monai.losses import JukeboxLoss
+from monai.losses import DiceCELoss, JukeboxLoss
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from diffecho_utils import DiffEchoError, data, models
+from diffecho_utils import DiffEchoError, camus, data, models, prompts
 
-# Small movements only: how bright the samples are is one of the paper's claims, so gain stays as it is.
-UNCONDITIONAL_JITTER = {"degrees": 4.0, "shift": 0.02, "zoom": 0.04, "gain": 0.0, "contrast": 0.0}
+# Small movements only: how bright the samples are is one of the paper's claims, so gain stays as it
+# is, and the same for all four generators, so that only the conditioning differs.
+JITTER = {"degrees": 4.0, "shift": 0.02, "zoom": 0.04, "gain": 0.0, "contrast": 0.0}
+# Which prompts a text model reads: the paper's, without phase for text + segmentation, and ours.
+TEMPLATES = ("paper", "paper-seg", "clinical")
+
+
+# The models and the checkpoints that each builds on.
+MODELS = {
+    "autoencoder": (),
+    "clip": (),
+    "unconditional": ("autoencoder",),
+    "text": ("autoencoder", "clip"),
+    "text-seg": ("text",),
+    "sdm": ("autoencoder",),
+    "segmenter": (),
+    "classifier": (),
+}
 
 
 class ReconstructionObjective(nn.Module):
@@ -72,34 +88,44 @@ class TextureObjective(nn.Module):
     """Second stage: the decoder alone, against a patch discriminator that knows real speckle.
 
     Speckle is noise to a pixel loss, whose best guess is its mean: blur. Here L1 acts mostly at a
-    quarter of the resolution, the standard deviation of the high frequencies must match, and the
-    discriminator (hinge loss) judges the rest. It is shown the high frequencies, amplified, beside
-    the picture: without them it does not learn to tell real from reconstructed.
+    quarter of the resolution, the standard deviations of the differences of neighbouring pixels in
+    four directions must match (a texture with stripes would not), and the discriminator (hinge
+    loss) judges the rest. It is shown the high frequencies, amplified, beside the picture: without
+    them it does not learn to tell real from reconstructed. A little noise on the latents prepares
+    the decoder for those of a generator, which are never exact.
     """
 
-    def __init__(self, vae, discriminator, crop, adversarial=0.03, fine=0.2, deviation=1.0):
+    def __init__(
+        self, vae, discriminator, crop, adversarial=0.03, fine=0.2, deviation=1.0, noise=0.05
+    ):
         super().__init__()
         self.network, self.discriminator, self.crop = vae, discriminator, crop
         self.adversarial, self.fine, self.deviation = adversarial, fine, deviation
+        self.noise = noise  # in standard deviations of the latents
         vae.encoder.requires_grad_(False)
         vae.quant_conv.requires_grad_(False)
 
     def draw(self, batch, generator):
-        """Random numbers for a batch: crop corners."""
-        return _draw_crops(batch, self.crop, generator)
+        """Random numbers for a batch: crop corners, and the latents' noise."""
+        config = self.network.config
+        side = self.crop // 2 ** (len(config.block_out_channels) - 1)
+        shape = (len(batch["images"]), config.latent_channels, side, side)
+        return _draw_crops(batch, self.crop, generator) | {
+            "noise": torch.randn(shape, generator=generator)
+        }
 
-    def forward(self, images, corners):
+    def forward(self, images, corners, noise):
         crops = _crop(images, corners, self.crop)
         with torch.no_grad():
             latents = self.network.encode(crops).latent_dist.mean
-        reconstruction = self.network.decode(latents).sample
+        reconstruction = self.network.decode(latents + self.noise * latents.std() * noise).sample
         self.discriminator.requires_grad_(False)
         fooled = -self._judge(reconstruction).mean()
         self.discriminator.requires_grad_(True)
         caught = F.relu(1 + self._judge(reconstruction.detach())).mean()
         believed = F.relu(1 - self._judge(crops)).mean()
         quarter = (F.avg_pool2d(x, 4) for x in (reconstruction, crops))
-        deviations = (_high_frequencies(x).std(dim=(1, 2, 3)) for x in (reconstruction, crops))
+        deviations = (_deviations(x) for x in (reconstruction, crops))
         parts = {
             "l1_quarter": F.l1_loss(*quarter),
             "l1": self.fine * F.l1_loss(reconstruction, crops),
@@ -113,115 +139,280 @@ class TextureObjective(nn.Module):
         return self.discriminator(torch.cat([images, 10 * _high_frequencies(images)], dim=1))
 
 
-class DiffusionObjective(nn.Module):
-    """Mean squared error of the denoiser's prediction (noise or v, as the scheduler says).
+class ContrastiveObjective(nn.Module):
+    """CLIP's loss: which of the batch's prompts belongs to which of its frames, asked both ways.
 
-    `data` is {"latents": (N, C, h, w), "class_labels": (N,)}; timesteps are uniform.
+    `images` (N, 1, H, W), `masks` (N, H, W; moved with them, unused), `prompts` (N, P) ids into
+    `tokens` (K, L). Many frames share a prompt, so a prompt may have several right frames: the
+    targets are shared evenly among them (as in supervised contrastive learning, Khosla et al. 2020).
     """
 
-    def __init__(self, unet, scheduler):
+    def __init__(self, clip, tokens):
         super().__init__()
-        self.network, self.scheduler = unet, scheduler
+        self.network = clip
+        self.register_buffer("tokens", tokens, persistent=False)
 
     def draw(self, batch, generator):
-        """Random numbers for a batch: noise and timesteps."""
-        shape, steps = batch["latents"].shape, self.scheduler.config.num_train_timesteps
+        """Random numbers for a batch: the jitter, and which of its prompts each frame is given."""
+        n, wordings = batch["prompts"].shape
         return {
-            "noise": torch.randn(shape, generator=generator),
-            "timesteps": torch.randint(steps, shape[:1], generator=generator),
+            "drawn": data.draw_jitter(n, generator),
+            "wording": torch.randint(wordings, (n,), generator=generator),
         }
 
-    def forward(self, latents, class_labels, noise, timesteps):
-        noisy = self.scheduler.add_noise(latents, noise, timesteps)
-        if self.scheduler.config.prediction_type == "v_prediction":
-            target = self.scheduler.get_velocity(latents, noise, timesteps)
-        else:
-            target = noise
-        prediction = self.network(noisy, timesteps, class_labels=class_labels).sample
-        return F.mse_loss(prediction, target), {}
+    def forward(self, images, masks, prompts, drawn, wording):
+        moved, _ = data.jitter(images, masks, drawn)
+        chosen = prompts[torch.arange(len(prompts), device=prompts.device), wording]
+        found = self.network(input_ids=self.tokens[chosen], pixel_values=moved)
+        fits = (prompts[:, None] == chosen[None, :, None]).any(-1).float()  # (frame, prompt)
+        logits = found.logits_per_image
+        loss = F.cross_entropy(logits, fits / fits.sum(1, keepdim=True))
+        back = F.cross_entropy(logits.T, fits.T / fits.T.sum(1, keepdim=True))
+        return (loss + back) / 2, {}
 
 
-def train_autoencoder(
-    frames, profile, folder, *, resume=False, provenance=None, progress=print, seed=0
-):
-    """Train the autoencoder on `frames` (data.Frames) in two stages and save it in `folder`.
+class DiffusionObjective(nn.Module):
+    """Mean squared error of a denoiser's prediction (noise or v, as the scheduler says).
 
-    Returns the log, a DataFrame with a row every few steps. The scaling factor in the saved
-    configuration makes the training latents' standard deviation 1.
+    Beside `latents` (N, C, h, w) the batch holds what the denoiser (`models`) is conditioned on:
+    `masks` (N, H, W), `prompts` (N, P) ids into `states` (K, L, D), whose first row is the null
+    prompt's. A share `dropout` of the conditions is replaced by the null condition, for guidance.
+    `snr_gamma`: weights of min-SNR (Hang et al. 2023); None: all timesteps weigh the same.
     """
-    folder = Path(folder)
-    torch.manual_seed(seed)
-    vae, discriminator = models.build_autoencoder(profile), models.build_discriminator()
-    tensors = {"images": frames.images}
 
-    def stage(name, objective, recipe):
-        state = folder / "state" / name
-        log = fit(objective, tensors, recipe, state, resume=resume, progress=progress, seed=seed)
-        return log.assign(stage=name)
+    def __init__(self, denoiser, scheduler, states=None, dropout=0.1, snr_gamma=None):
+        super().__init__()
+        self.network, self.scheduler = denoiser, scheduler
+        self.dropout, self.snr_gamma = dropout, snr_gamma
+        self.register_buffer("states", states, persistent=False)
+        alpha_bar = scheduler.alphas_cumprod
+        self.register_buffer("snr", alpha_bar / (1 - alpha_bar), persistent=False)
 
-    logs = [
-        stage("reconstruction", ReconstructionObjective(vae, profile.crop), profile.autoencoder),
-        stage("texture", TextureObjective(vae, discriminator, profile.crop), profile.texture),
-    ]
-    deviation = data.encode(vae.cpu(), frames.images[:: max(1, len(frames) // 400)]).std().item()
-    vae.register_to_config(scaling_factor=1 / deviation)
-    log = pd.concat(logs, ignore_index=True)
-    recipes = {"reconstruction": profile.autoencoder, "texture": profile.texture}
-    training = _training("autoencoder", frames, profile, recipes, log, provenance, seed)
-    if PartialState().is_main_process:
-        models.save_autoencoder(vae, folder, training)
-    return log
+    def draw(self, batch, generator):
+        """Random numbers for a batch: noise, timesteps, wordings, and where the condition is dropped."""
+        shape, steps = batch["latents"].shape, self.scheduler.config.num_train_timesteps
+        drawn = {
+            "noise": torch.randn(shape, generator=generator),
+            "timesteps": torch.randint(steps, shape[:1], generator=generator),
+            "dropped": torch.rand(shape[0], generator=generator) < self.dropout,
+        }
+        if "prompts" in batch:
+            wordings = batch["prompts"].shape[1]
+            drawn["wording"] = torch.randint(wordings, shape[:1], generator=generator)
+        return drawn
+
+    def forward(self, latents, noise, timesteps, dropped, prompts=None, wording=None, masks=None):
+        noisy = self.scheduler.add_noise(latents, noise, timesteps)
+        is_v = self.scheduler.config.prediction_type == "v_prediction"
+        target = self.scheduler.get_velocity(latents, noise, timesteps) if is_v else noise
+        given = {}
+        if masks is not None:
+            given["masks"] = masks
+        if prompts is not None:
+            chosen = prompts[torch.arange(len(prompts), device=prompts.device), wording]
+            given["text"] = self.states[chosen.masked_fill(dropped, 0)]
+        elif masks is not None:
+            given["unlabelled"] = dropped
+        errors = F.mse_loss(
+            self.network(noisy, timesteps, **given).float(), target, reduction="none"
+        )
+        errors = errors.mean((1, 2, 3))
+        if self.snr_gamma is not None:
+            snr = self.snr[timesteps]
+            errors = errors * snr.clamp(max=self.snr_gamma) / (snr + 1 if is_v else snr)
+        return errors.mean(), {}
 
 
-def train_unconditional(
+class SegmentationObjective(nn.Module):
+    """Dice and cross-entropy loss (MONAI) of a segmenter on jittered frames."""
+
+    def __init__(self, network, **amounts):
+        super().__init__()
+        self.network, self.amounts = network, amounts
+        self.loss = DiceCELoss(to_onehot_y=True, softmax=True)
+
+    def draw(self, batch, generator):
+        """Random numbers for a batch: those of the jitter."""
+        return {"drawn": data.draw_jitter(len(batch["images"]), generator)}
+
+    def forward(self, images, masks, drawn):
+        moved, labels = data.jitter(images, masks, drawn, **self.amounts)
+        return self.loss(self.network(moved).float(), labels[:, None]), {}
+
+
+class ClassificationObjective(nn.Module):
+    """Cross-entropy of a classifier on jittered frames; `labels` (N,) int64."""
+
+    def __init__(self, network, **amounts):
+        super().__init__()
+        self.network, self.amounts = network, amounts
+
+    def draw(self, batch, generator):
+        """Random numbers for a batch: those of the jitter."""
+        return {"drawn": data.draw_jitter(len(batch["images"]), generator)}
+
+    def forward(self, images, masks, labels, drawn):
+        moved, _ = data.jitter(images, masks, drawn, **self.amounts)
+        return F.cross_entropy(self.network(moved).float(), labels), {}
+
+
+def train(
+    model,
     frames,
-    autoencoder,
     profile,
     folder,
     *,
+    needs=None,
     resume=False,
     provenance=None,
     progress=print,
     seed=0,
     cache_dir=None,
+    **settings,
 ):
-    """Train the unconditional generator on the frames' latents and save it in `folder`.
+    """Train `model`, one of `MODELS`, on `frames` (data.Frames) and save it in `folder`.
 
-    `autoencoder` is a checkpoint's folder. Returns the log as `train_autoencoder` does.
+    needs: {name: folder} of the checkpoints it builds on: "autoencoder" (unconditional, text, sdm),
+    "clip" (text), "text" (text-seg, which takes the autoencoder and CLIP from there). `settings` go
+    to the objective. Returns the log, a DataFrame with a row every few steps and the column stage.
     """
-    vae = models.load_autoencoder(autoencoder)
-    torch.manual_seed(seed)
-    unet = models.build_unet(profile)
-    expected = (
-        vae.config.latent_channels,
-        frames.images.shape[-1] // 2 ** (len(vae.config.block_out_channels) - 1),
-    )
-    if expected != (unet.config.in_channels, unet.config.sample_size):
+    if model not in MODELS:
+        raise DiffEchoError(f"no model {model!r}; train one of {', '.join(MODELS)}")
+    folder, needs = Path(folder), dict(needs or {})
+    missing = [name for name in MODELS[model] if name not in needs]
+    if missing:
         raise DiffEchoError(
-            f"{autoencoder}: gives {expected[0]} channels of side {expected[1]}, while profile "
-            f"{profile.name} expects {unet.config.in_channels} of side {unet.config.sample_size}; "
-            "train an autoencoder with this profile, or choose that one's"
+            f"{model} builds on {missing}; train these first, and pass their folders"
         )
-    tensors = data.latent_views(
-        vae, frames, profile.jittered_views, seed, cache_dir, **UNCONDITIONAL_JITTER
-    )
-    objective = DiffusionObjective(unet, models.build_scheduler())
-    state = Path(folder) / "state"
-    log = fit(
-        objective,
-        tensors,
-        profile.unconditional,
-        state,
-        resume=resume,
-        progress=progress,
-        seed=seed,
-    )
-    log = log.assign(stage="unconditional")
-    recipes = {"unconditional": profile.unconditional}
-    training = _training("unconditional", frames, profile, recipes, log, provenance, seed)
+    torch.manual_seed(seed)
+    logs, recipes = [], {}
+
+    def stage(name, objective, tensors, recipe):
+        """Run one training of which `model` may need several, resumable on its own."""
+        state = folder / "state" / name
+        log = fit(objective, tensors, recipe, state, resume=resume, progress=progress, seed=seed)
+        objective.cpu()
+        logs.append(log.assign(stage=name))
+        recipes[name] = recipe
+
+    if model == "autoencoder":
+        parts, side = _autoencoder(frames, profile, stage, settings), None
+    elif model == "clip":
+        parts, side = _clip(frames, profile, stage, settings), None
+    elif model in ("segmenter", "classifier"):
+        parts, side = _judge(model, frames, profile, stage, settings), None
+    else:
+        base = models.needed if model == "text-seg" else lambda folder, name: needs[name]
+        autoencoder = base(needs.get("text"), "autoencoder")
+        vae = models.load_autoencoder(autoencoder)
+        _check_latents(vae, autoencoder, frames, profile)
+        views = data.latent_views(
+            vae.to(_device()), frames, profile.jittered_views, seed, cache_dir, **JITTER
+        )
+        side = views["latents"].shape[-1]
+        if model == "unconditional":
+            parts = _unconditional(frames, profile, views, stage, settings)
+        elif model == "sdm":
+            unet, scheduler = models.build_sdm(profile), models.build_scheduler()
+            denoiser = models.SemanticDiffusion(unet)
+            stage(model, DiffusionObjective(denoiser, scheduler, **settings), views, profile.sdm)
+            parts = [("unet", unet), ("scheduler", scheduler)]
+        else:
+            clip = base(needs.get("text"), "clip")
+            parts = _text(model, frames, profile, views, clip, needs.get("text"), stage, settings)
+    log = pd.concat(logs, ignore_index=True)
+    training = _training(model, frames, profile, recipes, log, provenance, seed)
+    training |= {"latent_side": side} if side else {}
     if PartialState().is_main_process:
-        models.save_unconditional(unet.cpu(), folder, autoencoder, training)
+        models.save(parts, folder, training, {name: needs[name] for name in MODELS[model]})
     return log
+
+
+def _autoencoder(frames, profile, stage, settings):
+    vae, discriminator = models.build_autoencoder(profile), models.build_discriminator()
+    tensors = {"images": frames.images}
+    objective = ReconstructionObjective(vae, profile.crop)
+    stage("reconstruction", objective, tensors, profile.autoencoder)
+    objective = TextureObjective(vae, discriminator, profile.crop, **settings)
+    stage("texture", objective, tensors, profile.texture)
+    deviation = data.encode(vae, frames.images[:: max(1, len(frames) // 400)]).std().item()
+    vae.register_to_config(scaling_factor=1 / deviation)
+    return [("", vae)]
+
+
+def _clip(frames, profile, stage, settings):
+    tokenizer = models.build_tokenizer(prompts.vocabulary()[0])
+    clip = models.build_clip(profile, tokenizer)
+    texts, ids = data.prompt_table(frames, TEMPLATES)
+    objective = ContrastiveObjective(clip, models.tokens(tokenizer, texts), **settings)
+    tensors = {"images": frames.images, "masks": frames.masks, "prompts": ids}
+    stage("clip", objective, tensors, profile.clip)
+    return [("", clip), ("", tokenizer)]
+
+
+def _judge(model, frames, profile, stage, settings):
+    """A network that reads frames, real or generated: what chapters 02 to 08 measure with."""
+    tensors = {"images": frames.images, "masks": frames.masks}
+    if model == "segmenter":
+        network, recipe = models.build_segmenter(profile), profile.segmentation
+        stage(model, SegmentationObjective(network, **settings), tensors, recipe)
+    else:
+        network, recipe = models.build_classifier(profile), profile.classification
+        tensors["labels"] = frames.classes
+        stage(model, ClassificationObjective(network, **settings), tensors, recipe)
+    return [("", network)]
+
+
+def _unconditional(frames, profile, views, stage, settings):
+    """One network a class, as in the paper."""
+    scheduler, parts = models.build_scheduler(), []
+    classes = frames.classes.repeat(len(views["latents"]) // len(frames))
+    for index, name in enumerate(camus.CLASS_NAMES):
+        unet = models.build_unconditional(profile)
+        objective = DiffusionObjective(models.Unconditional([unet]), scheduler, **settings)
+        stage(
+            name, objective, {"latents": views["latents"][classes == index]}, profile.unconditional
+        )
+        parts.append((name, unet))
+    return [*parts, ("scheduler", scheduler)]
+
+
+def _text(model, frames, profile, views, clip, text, stage, settings):
+    """The text model; or, on the frozen one in the folder `text`, its ControlNet."""
+    templates = settings.pop("templates", TEMPLATES)
+    texts, ids = data.prompt_table(frames, templates)
+    states = models.TextEncoder(clip)(texts)
+    tensors = {"latents": views["latents"]}
+    tensors["prompts"] = ids.repeat(len(views["latents"]) // len(frames), 1)
+    scheduler = models.build_scheduler()
+    if model == "text":
+        unet = models.build_text_unet(profile)
+        denoiser, recipe = models.TextGuided(unet), profile.text
+        parts = [("unet", unet), ("scheduler", scheduler)]
+    else:
+        unet = models.load_generator(text).denoiser.unet
+        controlnet = models.build_controlnet(unet)
+        denoiser, recipe = models.TextSegmentationGuided(unet, controlnet), profile.text_seg
+        tensors["masks"] = views["masks"]
+        parts = [("controlnet", controlnet)]
+    stage(model, DiffusionObjective(denoiser, scheduler, states, **settings), tensors, recipe)
+    return parts
+
+
+def _check_latents(vae, folder, frames, profile):
+    channels = vae.config.latent_channels
+    side = frames.images.shape[-1] // 2 ** (len(vae.config.block_out_channels) - 1)
+    expected = (profile.latent_channels, profile.side // models.autoencoder_factor(profile))
+    if (channels, side) != expected:
+        raise DiffEchoError(
+            f"{folder}: gives {channels} channels of side {side}, while profile {profile.name} "
+            f"expects {expected[0]} of side {expected[1]}; train an autoencoder with this profile, "
+            "or choose that one's"
+        )
+
+
+def _device():
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def fit(
@@ -237,17 +428,17 @@ def fit(
     step as an interruption would. Returns a DataFrame: step, loss and its parts, learning_rate,
     images_per_second, seconds. Raises DiffEchoError for a loss that is not finite; the last good state stays.
     """
-    accelerator = Accelerator(
-        gradient_accumulation_steps=recipe.accumulation,
-        mixed_precision="bf16"
-        if torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-        else "no",
-    )
+    accelerator = Accelerator(gradient_accumulation_steps=recipe.accumulation)
+    half = recipe.bf16 and accelerator.device.type == "cuda" and torch.cuda.is_bf16_supported()
     trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
-        trained, lr=recipe.learning_rate, weight_decay=recipe.weight_decay
+        trained,
+        lr=recipe.learning_rate,
+        betas=(recipe.beta1, 0.999),
+        weight_decay=recipe.weight_decay,
     )
-    ema = EMAModel([p for p in objective.network.parameters() if p.requires_grad], decay=recipe.ema)
+    averaged = [p for p in objective.network.parameters() if p.requires_grad]
+    ema = EMAModel(averaged, decay=recipe.ema, foreach=True)
     step, rows = 0, []
     if resume and state is not None and (Path(state) / "state.json").exists():
         step, rows = _load_state(state, objective, optimizer, ema, recipe)
@@ -269,8 +460,9 @@ def fit(
             for group in optimizer.param_groups:
                 group["lr"] = rate
             for micro in _micro_batches(objective, tensors, recipe, step, seed, accelerator):
-                with accelerator.accumulate(wrapped), accelerator.autocast():
-                    loss, parts = wrapped(**micro)
+                with accelerator.accumulate(wrapped):
+                    with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=half):
+                        loss, parts = wrapped(**micro)
                     accelerator.backward(loss)
                     if accelerator.sync_gradients:
                         accelerator.clip_grad_norm_(trained, recipe.clip)
@@ -369,6 +561,16 @@ def _crop(images, corners, crop):
 def _high_frequencies(images):
     """Image minus its blur (5 x 5 mean): what is finer than about five pixels."""
     return images - F.avg_pool2d(F.pad(images, (2, 2, 2, 2), mode="reflect"), 5, stride=1)
+
+
+def _deviations(images):
+    """Standard deviations of neighbours' differences: right, down, two diagonals, two scales, (N, 8)."""
+    found = []
+    for x in (images, F.avg_pool2d(images, 2)):
+        pairs = [(x[..., 1:], x[..., :-1]), (x[..., 1:, :], x[..., :-1, :])]
+        pairs += [(x[..., 1:, 1:], x[..., :-1, :-1]), (x[..., 1:, :-1], x[..., :-1, 1:])]
+        found += [(a - b).std(dim=(1, 2, 3)) for a, b in pairs]
+    return torch.stack(found, 1)
 
 
 def _save_state(state, objective, optimizer, ema, recipe, step, rows):
