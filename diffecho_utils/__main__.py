@@ -12,6 +12,8 @@ def main(arguments=None):
     """Run one command; returns the exit status: 0 done, 1 bad input (said in a line), 130 interrupted."""
     options = _parser().parse_args(arguments)
     try:
+        if getattr(options, "data", None):
+            options.data = _official(options.data)
         return options.run(options) or 0
     except DiffEchoError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -54,6 +56,30 @@ def check_command(options):
     print(f"{options.root}: {len(table)} frames of {table.patient.nunique()} patients, all usable")
     print("patients in each split: " + ", ".join(f"{k or 'none'} {n}" for k, n in splits.items()))
     return 0
+
+
+def convert_command(options):
+    from diffecho_utils import releases
+
+    release = releases.convert(options.source, options.dest, progress=_progress("patients"))
+    print(f"wrote {len(release.pictures)} patients, from form {release.form}, to {options.dest}")
+    for note in release.notes:
+        print(f"note: {note}")
+
+
+def download_command(options):
+    from diffecho_utils import download
+
+    if options.accept_licence:
+        print(f"{download.LICENCE}\nAccepted.", flush=True)
+    root = download.download(
+        options.dest,
+        accept_licence=options.accept_licence,
+        urls=options.url or download.URLS,
+        patients=options.patients,
+        progress=lambda done, total, unit: _progress(unit)(done, total),
+    )
+    print(f"wrote CAMUS, {options.patients} patients, to {root}")
 
 
 def prompts_command(options):
@@ -166,6 +192,18 @@ def book_command(options):
     )
 
 
+def _official(path):
+    """The folder to read for `--data`, which may be CAMUS in any form."""
+    from diffecho_utils import releases
+
+    folder = releases.official(path, progress=_progress("patients converted"))
+    if folder != path:
+        print(f"{path}: read by way of {folder}", flush=True)
+        for note in json.loads((folder / "dataset.json").read_text())["notes"]:
+            print(f"note: {note}")
+    return folder
+
+
 def _progress(unit):
     """A progress function for terminals: one line, rewritten; silent elsewhere but for the end."""
 
@@ -205,6 +243,24 @@ def _parser():
     )
     sub.add_argument("root", type=Path, metavar="ROOT")
     sub.add_argument("--json", action="store_true", help="print the list as JSON")
+
+    sub = command(
+        "convert",
+        convert_command,
+        "write mhd, HDF5 or PNG re-packs of CAMUS in the official layout",
+    )
+    sub.add_argument("source", type=Path, metavar="SOURCE")
+    sub.add_argument("dest", type=Path, metavar="DEST")
+
+    sub = command(
+        "download", download_command, "download CAMUS; interrupted downloads go on when repeated"
+    )
+    sub.add_argument("dest", type=Path, metavar="DEST")
+    sub.add_argument(
+        "--accept-licence", action="store_true", help="accept CC BY-NC-SA 4.0 (without it: shown)"
+    )
+    sub.add_argument("--url", nargs="+", help="addresses of the zips; default: the official server")
+    sub.add_argument("--patients", type=int, default=500, help="how many must be in it")
 
     sub = command("prompts", prompts_command, "write the prompts of a folder's frames as a table")
     sub.add_argument("root", type=Path, metavar="ROOT")

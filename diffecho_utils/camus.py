@@ -5,8 +5,8 @@ Chapter 01. The layout is the official NIfTI release's (Leclerc et al. 2019):
     ROOT/database_nifti/patientNNNN/patientNNNN_{2CH,4CH}_{ED,ES}[_gt].nii.gz, Info_{2CH,4CH}.cfg
     ROOT/database_split/subgroup_{training,validation,testing}.txt
 
-Every public function works on that layout and on nothing else, so the phantom (`phantom.py`),
-the official download and any re-pack of it take the same road.
+Every public function works on that layout and on nothing else, so the phantom (`phantom.py`), the
+official download and any re-pack of it (`releases.py` converts them) take the same road.
 """
 
 import json
@@ -26,9 +26,14 @@ CLASSES = tuple((view, phase) for view in VIEWS for phase in PHASES)
 CLASS_NAMES = tuple(f"{view}-{phase}" for view, phase in CLASSES)
 LABELS = {"background": 0, "LV cavity": 1, "myocardium": 2, "LA": 3}
 SPLITS = ("training", "validation", "testing")
+FOLDS = 10  # of the official cross-validation
+PAPER_VALIDATION = 50  # the paper's code validates on the first 50 subjects
 
 COLUMNS = ["patient", "view", "phase", "split", "image", "label_map", "lateral_mm", "depth_mm"]
 CFG_COLUMNS = ["quality", "ef", "sex", "age"]
+_OR_CONVERT = (
+    ", or convert other forms of CAMUS first: python -m diffecho_utils convert SOURCE DEST"
+)
 
 
 def frame_path(root, patient, view, phase, mask=False):
@@ -141,6 +146,82 @@ def select(table, split=None, view=None, phase=None, patients=None):
     return rows.reset_index(drop=True)
 
 
+def read_folds(table):
+    """The table with a column `fold`, 1 to 10, from the release's cross-validation lists.
+
+    They are `subgroupN_testing.txt`, N = 1..10, in a folder below the table's root: fold N is what the
+    N-th run is tested on. Raises DiffEchoError where one is missing or not each patient is in exactly one.
+    """
+    root = Path(table.attrs["root"])
+    files = {path.name.lower(): path for path in root.glob("*/*.txt")}
+    folds = {}
+    for fold in range(1, FOLDS + 1):
+        name = f"subgroup{fold}_testing.txt"
+        if name not in files:
+            raise DiffEchoError(
+                f"{root}: no {name} in its folders; add the release's lists, or use camus.make_folds"
+            )
+        for patient in files[name].read_text().split():
+            if patient in folds:
+                raise DiffEchoError(
+                    f"{files[name]}: {patient} is in fold {folds[patient]} too; restore it"
+                )
+            folds[patient] = fold
+    unlisted = sorted(set(table["patient"]) - set(folds))
+    if unlisted:
+        raise DiffEchoError(
+            f"{root}: {len(unlisted)} patients in no fold, {unlisted[0]} the first; restore the lists, or "
+            "use camus.make_folds"
+        )
+    return table.assign(fold=table["patient"].map(folds))
+
+
+def make_folds(table, k=FOLDS, seed=0, ef=None):
+    """The table with a column `fold`, 1 to `k`: patients dealt evenly over ejection fractions and qualities.
+
+    Patients are sorted by quality (the worse of their views) and EF, and each run of `k` of them is
+    dealt to the `k` folds in random order: folds differ by at most one patient, and every fold sees
+    every part of the range, however rare. `ef`: (%) by patient, e.g. from `anatomy`, where the cfg
+    files are silent; patients without any are sorted last. Raises DiffEchoError for fewer than `k` patients.
+    """
+    patients = table.groupby("patient").agg(quality=("quality", "max"), ef=("ef", "first"))
+    if not 2 <= k <= len(patients):
+        raise DiffEchoError(
+            f"{table.attrs.get('root')}: {k} folds of {len(patients)} patients; ask for 2 to {len(patients)}"
+        )
+    if ef is not None:
+        patients["ef"] = patients["ef"].fillna(ef)
+    rng = np.random.default_rng(seed)
+    patients["tie"] = rng.permutation(len(patients))
+    dealt = patients.sort_values(["quality", "ef", "tie"]).index
+    order = np.concatenate([rng.permutation(k) for _ in range(0, len(dealt), k)])[: len(dealt)]
+    return table.assign(fold=table["patient"].map(dict(zip(dealt, order + 1, strict=True))))
+
+
+def split_by_fold(table, testing):
+    """The table with `split` from its column `fold`: this fold for testing, the next for validation.
+
+    `testing` = 5 on the official folds is the official 400/50/50.
+    """
+    k = int(table["fold"].max())
+    if testing not in range(1, k + 1):
+        raise DiffEchoError(f"{table.attrs.get('root')}: no fold {testing}; ask for 1 to {k}")
+    names = {testing: "testing", testing % k + 1: "validation"}
+    return table.assign(split=table["fold"].map(names).fillna("training"))
+
+
+def split_as_paper(table, validation=PAPER_VALIDATION):
+    """The table with `split` as in the paper's code: the first `validation` patients, the rest for training."""
+    patients = table["patient"].unique()
+    if not 0 < validation < len(patients):
+        raise DiffEchoError(
+            f"{table.attrs.get('root')}: {validation} of {len(patients)} patients for validation leave "
+            f"none on one side; ask for 1 to {len(patients) - 1}"
+        )
+    first = table["patient"].isin(patients[:validation])
+    return table.assign(split=first.map({True: "validation", False: "training"}))
+
+
 def class_index(table):
     """Index of each row's class in `CLASSES`: (N,) int64."""
     pairs = zip(table["view"], table["phase"], strict=True)
@@ -212,7 +293,7 @@ def _patients_dir(root):
     """ROOT/database_nifti; DiffEchoError says what is wrong with ROOT and which folder to pass."""
     expected = "the folder that holds database_nifti/"
     if not root.is_dir():
-        raise DiffEchoError(f"{root}: no such folder; pass {expected}")
+        raise DiffEchoError(f"{root}: no such folder; pass {expected}{_OR_CONVERT}")
     folder = root / "database_nifti"
     if folder.is_dir():
         if any(p.is_dir() and _is_patient(p) for p in folder.iterdir()):
@@ -229,7 +310,7 @@ def _patients_dir(root):
     below = sorted(root.glob("*/database_nifti"))
     if below:
         raise DiffEchoError(f"{root}: one level too high; pass {below[0].parent}, {expected}")
-    raise DiffEchoError(f"{root}: no database_nifti/ in it; pass {expected}")
+    raise DiffEchoError(f"{root}: no database_nifti/ in it; pass {expected}{_OR_CONVERT}")
 
 
 def _is_patient(path):

@@ -6,6 +6,7 @@ import shutil
 
 import nibabel as nib
 import numpy as np
+import pandas as pd
 import pytest
 
 from diffecho_utils import DiffEchoError, camus
@@ -188,6 +189,116 @@ def test_one_view_alone_is_usable(broken_root):
 def test_no_lists_is_no_split(broken_root):
     shutil.rmtree(broken_root / "database_split")
     assert camus.read_table(broken_root)["split"].isna().all()
+
+
+def write_fold_lists(root, patients, k=10, folder="listSubGroups"):
+    """The lists of the older release: `subGroupN_testing.txt`, patients dealt in turn."""
+    (root / folder).mkdir()
+    for fold in range(1, k + 1):
+        names = "\n".join(patients[fold - 1 :: k])
+        (root / folder / f"subGroup{fold}_testing.txt").write_text(f"{names}\n")
+
+
+def assert_patients_stay_together(table, column):
+    assert table[column].notna().all()
+    assert (table.groupby("patient")[column].nunique() == 1).all()
+
+
+def test_official_folds(broken_root):
+    table = camus.read_table(broken_root)
+    write_fold_lists(broken_root, table["patient"].unique())
+    table = camus.split_by_fold(camus.read_folds(table), testing=5)
+    assert_patients_stay_together(table, "fold")
+    assert_patients_stay_together(table, "split")
+    split = table.groupby("patient")["split"].first()
+    assert split["patient0005"] == "testing" and split["patient0006"] == "validation"
+    assert split.value_counts()["training"] == 8
+    last = camus.split_by_fold(table, testing=10).groupby("patient")["split"].first()
+    assert last["patient0010"] == "testing" and last["patient0001"] == "validation"
+    with pytest.raises(DiffEchoError, match="no fold 11; ask for 1 to 10"):
+        camus.split_by_fold(table, testing=11)
+
+
+def test_faults_of_the_fold_lists_are_named(broken_root):
+    table = camus.read_table(broken_root)
+    with pytest.raises(DiffEchoError, match="no subgroup1_testing.txt.*camus.make_folds"):
+        camus.read_folds(table)
+    write_fold_lists(broken_root, table["patient"].unique())
+    path = broken_root / "listSubGroups" / "subGroup3_testing.txt"
+    path.write_text("patient0001\n")
+    with pytest.raises(DiffEchoError, match="patient0001 is in fold 1 too"):
+        camus.read_folds(table)
+    path.write_text("patient0499\n")
+    with pytest.raises(DiffEchoError, match="1 patients in no fold, patient0003 the first"):
+        camus.read_folds(table)
+
+
+def many_patients(patients=97, seed=0):
+    """A table of this many patients, four frames each, with a rare kind: good images of weak hearts."""
+    rng = np.random.default_rng(seed)
+    names = [f"patient{i:04d}" for i in range(1, patients + 1)]
+    ef = pd.Series(rng.uniform(15, 75, patients), names)
+    worst = pd.Series(rng.choice(["Good", "Medium", "Poor"], patients, p=[0.35, 0.46, 0.19]), names)
+    rows = [
+        dict(patient=name, view=view, phase=phase, ef=ef[name], quality=worst[name])
+        for name in names
+        for view, phase in camus.CLASSES
+    ]
+    table = pd.DataFrame(rows)
+    table.loc[table["view"] == "4CH", "quality"] = "Good"  # the better view of each patient
+    return table, ef, worst
+
+
+@pytest.mark.parametrize("k", [2, 5, 10])
+def test_made_folds_keep_patients_together_and_are_stratified(k):
+    table, ef, worst = many_patients()
+    folds = camus.make_folds(table, k)
+    assert_patients_stay_together(folds, "fold")
+    fold = folds.groupby("patient")["fold"].first()
+    assert sorted(fold.unique()) == list(range(1, k + 1))
+    assert np.ptp(fold.value_counts()) <= 1
+    for quality in ("Good", "Medium", "Poor"):
+        counts = fold[worst == quality].value_counts().reindex(range(1, k + 1), fill_value=0)
+        assert np.ptp(counts) <= 2, quality
+    means = ef.groupby(fold).mean()
+    shuffled = [
+        np.ptp(ef.groupby(fold.sample(frac=1, random_state=s).to_numpy()).mean()) for s in range(50)
+    ]
+    assert np.ptp(means) < np.median(shuffled)
+    assert camus.make_folds(table, k)["fold"].equals(folds["fold"])
+    assert not camus.make_folds(table, k, seed=1)["fold"].equals(folds["fold"])
+
+
+def test_made_folds_take_ejection_fractions_from_elsewhere():
+    table, ef, _ = many_patients()
+    silent = table.assign(ef=np.nan)
+    assert camus.make_folds(silent, 5, ef=ef)["fold"].equals(camus.make_folds(table, 5)["fold"])
+    assert_patients_stay_together(camus.make_folds(silent.assign(quality=None), 5), "fold")
+
+
+def test_too_few_patients_for_the_folds(phantom_root):
+    table = camus.read_table(phantom_root)
+    assert camus.make_folds(table, 10)["fold"].value_counts().tolist() == [4] * 10
+    for k in (11, 1):
+        with pytest.raises(DiffEchoError, match=f"{k} folds of 10 patients; ask for 2 to 10"):
+            camus.make_folds(table, k)
+
+
+def test_split_of_the_paper(phantom_root):
+    table = camus.split_as_paper(camus.read_table(phantom_root), validation=3)
+    chosen = table[table["split"] == "validation"]["patient"].unique()
+    assert chosen.tolist() == ["patient0001", "patient0002", "patient0003"]
+    assert (table["split"] == "training").sum() == 28
+    with pytest.raises(DiffEchoError, match="50 of 10 patients"):
+        camus.split_as_paper(table)
+
+
+def test_real_folds(real_root):
+    table = camus.make_folds(camus.read_table(real_root))
+    assert_patients_stay_together(table, "fold")
+    assert table.groupby("fold")["patient"].nunique().tolist() == [45] * 10
+    paper = camus.split_as_paper(table).groupby("split")["patient"].nunique().to_dict()
+    assert paper == {"training": 400, "validation": 50}
 
 
 def test_real_frames(real_root):

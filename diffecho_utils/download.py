@@ -1,0 +1,165 @@
+"""Download CAMUS from its home: resumed where it broke, unpacked safely, and verified by its content.
+
+Chapter 01. `python -m diffecho_utils download DEST --accept-licence`
+"""
+
+import errno
+import http.client
+import os
+import shutil
+import stat
+import time
+import urllib.error
+import urllib.request
+import zipfile
+import zlib
+from pathlib import Path, PurePosixPath
+
+from diffecho_utils import DiffEchoError, camus
+from diffecho_utils.releases import whole_folder
+
+_GIRDER = "https://humanheart-project.creatis.insa-lyon.fr/database/api/v1/folder/{}/download"
+URLS = (  # the patients, then the lists; zips made on the fly, their checksums change
+    _GIRDER.format("63fde55f73e9f004868fb7ac"),
+    _GIRDER.format("66e27d12961576b1bad4e4e1"),
+)
+LICENCE = """\
+The CAMUS data set is free of charge under CC BY-NC-SA 4.0
+(https://creativecommons.org/licenses/by-nc-sa/4.0/legalcode), for non-commercial scientific research
+only. Whoever refers to it must cite: S. Leclerc, E. Smistad, J. Pedrosa, A. Ostvik, et al. "Deep
+Learning for Segmentation using an Open Large-Scale Dataset in 2D Echocardiography", IEEE Transactions
+on Medical Imaging, vol. 38, no. 9, pp. 2198-2210, Sept. 2019, doi:10.1109/TMI.2019.2900516."""
+
+_ATTEMPTS = 5  # connections of one download that may break before it gives up for now
+
+
+def download(dest, accept_licence=False, urls=URLS, patients=500, progress=None):
+    """Download the official NIfTI release to the new folder `dest` and verify what is in it.
+
+    Archives lie beside `dest` until all is well: an interrupted download goes on where the server
+    allows it (HTTP ranges), and unpacking can be repeated without the network. Their checksums change
+    at each download, so the content is verified: `patients` patients, four frames and four label maps
+    each, readable, labels 0-3. `progress(done, total, unit)` is called after each MB and each frame.
+    Raises DiffEchoError for a licence not accepted, a connection that keeps breaking, what is no zip
+    or an unsafe one, a full disk, and missing or unusable content.
+    """
+    dest = Path(dest)
+    if not accept_licence:
+        raise DiffEchoError(
+            f"{LICENCE}\nNothing was downloaded: pass --accept-licence to accept this"
+        )
+    for url in urls:
+        if not url.startswith(("http://", "https://")):
+            raise DiffEchoError(f"{url}: no web address; name that of the zip with --url http...")
+    archives = [dest.with_name(f"{dest.name}.{number}.zip") for number in range(len(urls))]
+    with whole_folder(dest) as draft:
+        for url, archive in zip(urls, archives, strict=True):
+            if not archive.exists():
+                _fetch(url, archive, progress)
+            _unpack(archive, draft)
+        problems = _content_problems(draft, patients, progress)
+        if problems:
+            names = ", ".join(archive.name for archive in archives)
+            raise DiffEchoError(
+                f"{dest.parent}: what {names} hold is not the whole of CAMUS; delete them to download "
+                "again:\n" + "\n".join(problems[:5]).replace(str(draft), dest.name)
+            )
+    for archive in archives:
+        archive.unlink()
+    return dest
+
+
+def _fetch(url, archive, progress):
+    """Download `url` to `archive` by way of `archive`.part, which a broken connection leaves for later."""
+    part = archive.with_name(f"{archive.name}.part")
+    for attempt in range(_ATTEMPTS):
+        time.sleep(attempt)
+        try:
+            _fetch_rest(url, part, progress)
+            os.replace(part, archive)
+            return
+        except urllib.error.HTTPError as error:
+            if error.code == 416:  # nothing after what is there: the file has changed since
+                part.unlink()
+            elif error.code < 500:
+                raise DiffEchoError(f"{url}: {error}; name the right address with --url") from None
+            problem = error
+        except (OSError, http.client.HTTPException) as error:
+            if getattr(error, "errno", None) == errno.ENOSPC:
+                raise
+            problem = error
+    size = part.stat().st_size if part.exists() else 0
+    raise DiffEchoError(
+        f"{url}: the connection broke {_ATTEMPTS} times, the last time after {size} bytes ({problem}); "
+        "run the same command again, it goes on from there if the server can"
+    )
+
+
+def _fetch_rest(url, part, progress):
+    start = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
+    with urllib.request.urlopen(request, timeout=60) as response:
+        if response.headers.get_content_type() == "text/html":
+            raise DiffEchoError(
+                f"{url}: a web page instead of a zip; open it in a browser to see what it says, and "
+                "name the right address with --url"
+            )
+        resumed = response.headers.get("Content-Range", "").startswith(f"bytes {start}-")
+        size = start if resumed else 0
+        total = None if response.length is None else size + response.length
+        _need(response.length or 0, part.parent)
+        with open(part, "ab" if resumed else "wb") as file:
+            while chunk := response.read(2**20):
+                size += file.write(chunk)
+                if progress:
+                    progress(size >> 20, total and total >> 20, "MB")
+    if total is not None and size < total:
+        raise ConnectionError(f"{total - size} bytes missing")
+
+
+def _unpack(archive, folder):
+    """Write the zip's `database_nifti/` and `database_split/` under `folder`, wherever they lie in it."""
+    try:
+        with zipfile.ZipFile(archive) as file:
+            members = [m for m in file.infolist() if not m.is_dir()]
+            for member in members:
+                path = PurePosixPath(member.filename.replace("\\", "/"))
+                outside = path.is_absolute() or ".." in path.parts or ":" in path.parts[0]
+                if outside or stat.S_ISLNK(member.external_attr >> 16):
+                    raise zipfile.BadZipFile(f"{member.filename}: a link, or outside the folder")
+            _need(sum(member.file_size for member in members), archive.parent)
+            for member in members:
+                parts = PurePosixPath(member.filename).parts
+                for top in {"database_nifti", "database_split"} & set(parts):
+                    target = folder.joinpath(*parts[parts.index(top) :])
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    with file.open(member) as source, open(target, "wb") as copy:
+                        shutil.copyfileobj(source, copy)
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+        archive.unlink()
+        raise DiffEchoError(
+            f"{archive}: no whole and safe zip ({error}); deleted, run the same command again or name "
+            "another address with --url"
+        ) from None
+
+
+def _need(size, folder):
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise DiffEchoError(
+            f"{folder}: {size / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free; free "
+            f"{(size - free) / 1e6:.1f} MB, or name a folder on another disk, and run the command again"
+        )
+
+
+def _content_problems(root, patients, progress):
+    problems = camus.check(root, progress and (lambda done, total: progress(done, total, "frames")))
+    if problems:
+        return problems
+    counts = camus.read_table(root).groupby("patient").size()
+    if len(counts) != patients:
+        problems.append(f"{len(counts)} patients instead of {patients}")
+    expected = len(camus.CLASSES)
+    return problems + [
+        f"{p}: {n} frames instead of {expected}" for p, n in counts.items() if n != expected
+    ]

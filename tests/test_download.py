@@ -1,0 +1,249 @@
+"""A download survives what servers and disks do to it, and is whole or not there."""
+
+import contextlib
+import http.server
+import io
+import os
+import re
+import shutil
+import subprocess
+import threading
+import zipfile
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from diffecho_utils import DiffEchoError, camus, download
+from diffecho_utils.__main__ import main
+
+
+def files(root):
+    """{path: bytes} of a CAMUS folder."""
+    paths = [path for path in root.glob("database_*/**/*") if path.is_file()]
+    return {str(path.relative_to(root)): path.read_bytes() for path in paths}
+
+
+def zipped(root, *extra, top="", prefix=""):
+    """A zip of a CAMUS folder as Girder sends it, with `extra` members (ZipInfo or name, bytes).
+
+    Only what begins with `top`, under names that begin with `prefix`.
+    """
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as file:
+        members = {name: data for name, data in files(root).items() if name.startswith(top)}
+        for name, data in [*members.items(), *extra]:
+            name = prefix + name if isinstance(name, str) else name
+            file.writestr(name, data)
+    return content.getvalue()
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """Sends `content`; `breaks` times no more than `piece` bytes of it; with or without ranges."""
+
+    content, content_type, status = b"", "application/zip", 200
+    ranges, lengths, breaks, piece = True, True, 0, 0
+    requests = []
+
+    def do_GET(self):
+        self.requests.append(self.headers.get("Range"))
+        start = 0
+        if self.ranges and self.headers.get("Range"):
+            start = int(re.match(r"bytes=(\d+)-", self.headers["Range"])[1])
+            if start >= len(self.content):
+                return self.send_error(416)
+        body = self.content[start:]
+        self.send_response(206 if start else self.status)
+        self.send_header("Content-Type", self.content_type)
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{start + len(body)}/*")
+        if self.lengths:
+            self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if type(self).breaks:
+            type(self).breaks -= 1
+            body = body[: self.piece]
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def serve(monkeypatch):
+    """serve(content, ...) -> url of a loopback server with these properties; serve.handler.requests: the ranges asked for."""
+    monkeypatch.setattr(download.time, "sleep", lambda _: None)
+    with contextlib.ExitStack() as stack:
+
+        def start(content, **properties):
+            properties |= {"content": content, "requests": []}
+            handler = type("Handler", (Server,), properties)
+            server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+            thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+            thread.start()
+            stack.callback(lambda: (server.shutdown(), server.server_close(), thread.join()))
+            start.handler = handler
+            return f"http://127.0.0.1:{server.server_port}/download"
+
+        yield start
+
+
+def fetch(url, dest, patients=10, **more):
+    return download.download(dest, accept_licence=True, urls=[url], patients=patients, **more)
+
+
+def test_download_is_whole_and_leaves_nothing_else(phantom_root, tmp_path, serve):
+    steps = []
+    root = fetch(
+        serve(zipped(phantom_root)), tmp_path / "camus", progress=lambda *step: steps.append(step)
+    )
+    assert files(root) == files(phantom_root)
+    assert camus.read_table(root)["split"].notna().all()
+    assert [p.name for p in tmp_path.iterdir()] == ["camus"]
+    assert {unit for _, _, unit in steps} == {"MB", "frames"} and steps[-1][:2] == (40, 40)
+
+
+def test_two_archives_and_a_folder_around_them(phantom_root, tmp_path, serve):
+    tops = ("database_nifti", "database_split")
+    urls = [serve(zipped(phantom_root, top=top, prefix="CAMUS_public/")) for top in tops]
+    root = download.download(tmp_path / "camus", True, urls, patients=10)
+    assert files(root) == files(phantom_root)
+    assert camus.read_table(root)["split"].notna().all()
+
+
+def test_licence_is_shown_and_refused_unless_accepted(phantom_root, tmp_path, serve, capsys):
+    url = serve(zipped(phantom_root))
+    command = ["download", str(tmp_path / "camus"), "--url", url, "--patients", "10"]
+    assert main(command) == 1
+    message = capsys.readouterr().err
+    assert "CC BY-NC-SA 4.0" in message and "cite" in message and "--accept-licence" in message
+    assert not list(tmp_path.iterdir()) and not serve.handler.requests
+    assert main([*command, "--accept-licence"]) == 0
+    assert "CC BY-NC-SA 4.0" in capsys.readouterr().out
+
+
+def test_broken_connection_goes_on_where_it_broke(phantom_root, tmp_path, serve):
+    content = zipped(phantom_root)
+    root = fetch(serve(content, breaks=2, piece=10_000), tmp_path / "camus")
+    assert serve.handler.requests == [None, "bytes=10000-", "bytes=20000-"]
+    assert files(root) == files(phantom_root)
+
+
+def test_interrupted_command_goes_on_when_repeated(phantom_root, tmp_path, serve):
+    url = serve(zipped(phantom_root), breaks=download._ATTEMPTS, piece=10_000)
+    with pytest.raises(DiffEchoError, match="broke 5 times, the last time after 50000 bytes"):
+        fetch(url, tmp_path / "camus")
+    assert [p.name for p in tmp_path.iterdir()] == ["camus.0.zip.part"]
+    fetch(url, tmp_path / "camus")
+    assert serve.handler.requests[-1] == "bytes=50000-"
+
+
+def test_server_without_ranges_starts_over(phantom_root, tmp_path, serve):
+    url = serve(zipped(phantom_root), ranges=False, breaks=1, piece=50_000)
+    assert files(fetch(url, tmp_path / "camus")) == files(phantom_root)
+    assert serve.handler.requests == [None, "bytes=50000-"]
+
+
+def test_part_longer_than_the_file_starts_over(phantom_root, tmp_path, serve):
+    content = zipped(phantom_root)
+    (tmp_path / "camus.0.zip.part").write_bytes(content + b"older and longer")
+    assert files(fetch(serve(content), tmp_path / "camus")) == files(phantom_root)
+    assert serve.handler.requests[1:] == [None]
+
+
+def test_truncated_zip_is_deleted_and_said(phantom_root, tmp_path, serve):
+    url = serve(zipped(phantom_root)[:-500], lengths=False)
+    with pytest.raises(DiffEchoError, match="no whole and safe zip.*; deleted, run the same"):
+        fetch(url, tmp_path / "camus")
+    assert not list(tmp_path.iterdir())
+
+
+def test_zip_that_changed_under_a_resumed_download_is_said(phantom_root, tmp_path, serve):
+    content = bytearray(zipped(phantom_root))
+    content[60_000:60_100] = bytes(100)
+    with pytest.raises(DiffEchoError, match="no whole and safe zip"):
+        fetch(serve(bytes(content)), tmp_path / "camus")
+    assert not list(tmp_path.iterdir())
+
+
+def link(name):
+    info = zipfile.ZipInfo(name)
+    info.create_system, info.external_attr = 3, 0o120777 << 16
+    return info
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../escaped",
+        "database_nifti/../../escaped",
+        "/tmp/escaped",
+        "..\\escaped",
+        link("database_nifti/patient0001/link"),
+    ],
+    ids=str,
+)
+def test_unsafe_zip_is_refused_before_anything_is_written(name, phantom_root, tmp_path, serve):
+    with pytest.raises(DiffEchoError, match="a link, or outside the folder"):
+        fetch(serve(zipped(phantom_root, (name, "/etc/passwd"))), tmp_path / "below" / "camus")
+    assert [p.name for p in tmp_path.iterdir()] == ["below"]
+    assert not list((tmp_path / "below").iterdir())
+
+
+def test_html_page_and_wrong_address_are_said(tmp_path, serve):
+    url = serve(b"<html>Maintenance</html>", content_type="text/html; charset=utf-8")
+    with pytest.raises(DiffEchoError, match="a web page instead of a zip; .* --url"):
+        fetch(url, tmp_path / "camus")
+    url = serve(b"", status=404)
+    with pytest.raises(DiffEchoError, match="404.*--url"):
+        fetch(url, tmp_path / "camus")
+    with pytest.raises(DiffEchoError, match="no web address.*--url"):
+        fetch("camus.zip", tmp_path / "camus")
+    url = serve(b"<html>Maintenance</html>")  # a page that says it is a zip
+    with pytest.raises(DiffEchoError, match="no whole and safe zip"):
+        fetch(url, tmp_path / "camus")
+    assert not list(tmp_path.iterdir())
+
+
+def test_content_is_verified(phantom_root, tmp_path, serve):
+    with pytest.raises(DiffEchoError, match="10 patients instead of 500"):
+        fetch(serve(zipped(phantom_root)), tmp_path / "camus", patients=500)
+    assert [p.name for p in tmp_path.iterdir()] == ["camus.0.zip"]
+    fetch("http://127.0.0.1:9/none", tmp_path / "camus")  # the archive is there: no network
+    broken = tmp_path / "broken"
+    shutil.copytree(phantom_root, broken)
+    for mask in (False, True):
+        camus.frame_path(broken, "patient0002", "4CH", "ES", mask).unlink()
+    with pytest.raises(DiffEchoError, match="patient0002: 3 frames instead of 4"):
+        fetch(serve(zipped(broken)), tmp_path / "second")
+    path = camus.frame_path(broken, "patient0003", "2CH", "ED", mask=True)
+    nib.Nifti1Image(np.full(nib.load(path).shape, 9, np.uint8), np.eye(4)).to_filename(path)
+    with pytest.raises(DiffEchoError, match=r"third/database_nifti/patient0003.*labels \[9"):
+        fetch(serve(zipped(broken)), tmp_path / "third")
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 1 MiB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    if os.getuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("only root may mount a small disk, and not in every container")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_full_disk_is_said_with_what_is_needed(phantom_root, small_disk, serve):
+    content = zipped(phantom_root, ("notes.txt", os.urandom(2_000_000)))
+    with pytest.raises(DiffEchoError, match=r"\d\.\d MB needed, 1\.0 MB free"):
+        fetch(serve(content), small_disk / "camus")
+    with pytest.raises(DiffEchoError, match="the disk is full; free space"):
+        fetch(serve(content, lengths=False), small_disk / "camus")
+    assert [p.name for p in small_disk.iterdir()] == ["camus.0.zip.part"]
+    next(small_disk.iterdir()).unlink()
+    bomb = zipfile.ZipInfo("database_nifti/zeros")
+    bomb.compress_type = zipfile.ZIP_DEFLATED
+    with pytest.raises(DiffEchoError, match="MB needed"):
+        fetch(serve(zipped(phantom_root, (bomb, bytes(10**7)), top="none")), small_disk / "camus")
+    assert [p.name for p in small_disk.iterdir()] == ["camus.0.zip"]
