@@ -16,6 +16,7 @@ import json
 import multiprocessing
 import os
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from diffecho_utils import (
     assets,
     camus,
     data,
+    downstream,
     metrics,
     phantom,
     profiles,
@@ -39,7 +41,6 @@ from diffecho_utils import (
 SIDE = 128
 BINS = 32  # of the grey values 0 to 255
 COMMON = ("version", "patients")  # of the phantom: the same in all parts of a record
-STRUCTURES = ("LV cavity", "epicardium", "LA")  # columns of `downstream.dice`
 WINDOW = 4  # pixels: sd of the Gaussian that separates speckle from what varies slowly
 
 
@@ -116,10 +117,12 @@ def segment(options):
     """train the segmenter on each setting of the phantom alone, test it on real validation patients"""
     jobs = [(name, seed) for seed in range(options.seeds) for name in options.settings]
     jobs = [(options, *job) for job in jobs if not finished(options, *job)]
-    for name in sorted({name for _, name, _ in jobs} - {"real"}):  # rendered here, by all cores
-        started = time.perf_counter()
-        phantom_frames(settings()[name], options.patients, options.out)
-        print(f"frames of {name!r}: {time.perf_counter() - started:.0f} s", flush=True)
+    wanted = sorted({name for _, name, _ in jobs} - {"real"})
+    with pool(cores()) as workers:  # rendered here, by all cores
+        for name in wanted:
+            started = time.perf_counter()
+            phantom_frames(settings()[name], options.patients, options.out, workers)
+            print(f"frames of {name!r}: {time.perf_counter() - started:.0f} s", flush=True)
     threads = max(1, cores() // options.workers)
     with pool(min(options.workers, max(len(jobs), 1)), threads) as workers:
         for done, line in enumerate(workers.imap_unordered(train_and_test, jobs), start=1):
@@ -140,10 +143,14 @@ def collect(options):
             dice = np.array([run["dice"] for run in of_name])
             segmenter[name] = {
                 "seeds": [run["seed"] for run in of_name],
-                "dice": dict(zip(STRUCTURES, dice.mean(0), strict=True)),
-                "sd_over_seeds": dict(zip(STRUCTURES, dice.std(0), strict=True)),
+                "dice": dict(zip(downstream.STRUCTURES, dice.mean(0), strict=True)),
+                "sd_over_seeds": dict(zip(downstream.STRUCTURES, dice.std(0), strict=True)),
                 "sd_over_patients": dict(
-                    zip(STRUCTURES, np.mean([run["sd"] for run in of_name], 0), strict=True)
+                    zip(
+                        downstream.STRUCTURES,
+                        np.mean([run["sd"] for run in of_name], 0),
+                        strict=True,
+                    )
                 ),
                 "by_class": np.mean([run["by_class"] for run in of_name], 0),
             }
@@ -184,15 +191,18 @@ def real_frames(source):
         return frames_of(packed["images"], packed["masks"], table)
 
 
-def phantom_frames(ingredients, patients, folder):
-    """Frames of the default phantom's first patients with these ingredients, cached in `folder`."""
+def phantom_frames(ingredients, patients, folder, workers=None):
+    """Frames of the default phantom's first patients with these ingredients, cached in `folder`.
+
+    workers: the pool that renders what is not there yet; None: one of all cores, for this call.
+    """
     seed = profiles.get("cpu").phantom_seed
     key = [phantom.VERSION, seed, patients, SIDE, list(ingredients)]
     jobs = [(seed, index, ingredients) for index in range(patients)]
 
     def make():
-        with pool(cores()) as workers:
-            pairs = [pair for part in workers.imap(render, jobs) for pair in part]
+        with nullcontext(workers) if workers else pool(cores()) as hands:
+            pairs = [pair for part in hands.imap(render, jobs) for pair in part]
         images, masks = (torch.stack(arrays) for arrays in zip(*pairs, strict=True))
         return {"images": images[:, None], "masks": masks}
 
@@ -342,8 +352,6 @@ def half_width(residual, region, lags=8):
 
 def train_and_test(job):
     """Train on one setting with one seed, test on real validation patients, and keep the result."""
-    from diffecho_utils import downstream
-
     options, name, seed = job
     started = time.perf_counter()
     real = real_frames(options.real)
@@ -353,7 +361,10 @@ def train_and_test(job):
     else:
         frames = phantom_frames(ingredients, options.patients, options.out)
     recipe = recipe_of(options)
-    model = downstream.train_segmenter(frames, recipe, seed=seed, progress=lambda line: None)
+    profile = profiles.get("cpu")
+    model, _ = downstream.train_segmenter(
+        frames, profile, recipe=recipe, seed=seed, progress=lambda line: None
+    )
     unseen = real.where(real.table.split == "validation")
     dice = np.asarray(downstream.dice(downstream.segment(model, unseen.images), unseen.masks))
     by_patient = pd.DataFrame(dice).groupby(unseen.table.patient.to_numpy()).mean()
