@@ -77,7 +77,7 @@ def download_command(options):
         accept_licence=options.accept_licence,
         urls=options.url or download.URLS,
         patients=options.patients,
-        progress=lambda done, total, unit: _progress(unit)(done, total),
+        progress=lambda done, total, unit: _progress(unit)(done, "?" if total is None else total),
     )
     print(f"wrote CAMUS, {options.patients} patients, to {root}")
 

@@ -9,6 +9,7 @@ Every public function works on that layout and on nothing else, so the phantom (
 official download and any re-pack of it (`releases.py` converts them) take the same road.
 """
 
+import gzip
 import json
 import re
 import zlib
@@ -184,7 +185,8 @@ def make_folds(table, k=FOLDS, seed=0, ef=None):
     every part of the range, however rare. `ef`: (%) by patient, e.g. from `anatomy`, where the cfg
     files are silent; patients without any are sorted last. Raises DiffEchoError for fewer than `k` patients.
     """
-    patients = table.groupby("patient").agg(quality=("quality", "max"), ef=("ef", "first"))
+    worst = ("quality", "max")  # "Good", "Medium" and "Poor" are in alphabetical order
+    patients = table.groupby("patient").agg(quality=worst, ef=("ef", "first"))
     if not 2 <= k <= len(patients):
         raise DiffEchoError(
             f"{table.attrs.get('root')}: {k} folds of {len(patients)} patients; ask for 2 to {len(patients)}"
@@ -370,7 +372,16 @@ def _load(path):
 
 def _read_spacing(path):
     """Pixel spacing (mm along the first axis, along the second), NaN for the placeholder 1.0 x 1.0."""
-    spacing = tuple(float(z) for z in _load(path).header.get_zooms()[:2])
+    try:
+        with gzip.open(
+            path
+        ) as file:  # a tenth of nibabel.load's time, which thousands of files feel
+            header = nib.Nifti1Header(file.read(348), check=False)
+        if header["sizeof_hdr"] != 348:
+            raise OSError("no NIfTI header")
+    except (OSError, EOFError, zlib.error, nib.wrapstruct.WrapStructError) as error:
+        raise DiffEchoError(f"{path}: unreadable ({error}); copy or download it again") from None
+    spacing = tuple(float(z) for z in header.get_zooms()[:2])
     return (np.nan, np.nan) if spacing == (1.0, 1.0) else spacing
 
 

@@ -5,6 +5,7 @@ Chapter 01. `python -m diffecho_utils download DEST --accept-licence`
 
 import errno
 import http.client
+import math
 import os
 import shutil
 import stat
@@ -39,7 +40,8 @@ def download(dest, accept_licence=False, urls=URLS, patients=500, progress=None)
     Archives lie beside `dest` until all is well: an interrupted download goes on where the server
     allows it (HTTP ranges), and unpacking can be repeated without the network. Their checksums change
     at each download, so the content is verified: `patients` patients, four frames and four label maps
-    each, readable, labels 0-3. `progress(done, total, unit)` is called after each MB and each frame.
+    each, readable, labels 0-3. `progress(done, total, unit)` is called after each MB (`total` None
+    where the server does not say it) and each frame.
     Raises DiffEchoError for a licence not accepted, a connection that keeps breaking, what is no zip
     or an unsafe one, a full disk, and missing or unusable content.
     """
@@ -107,12 +109,13 @@ def _fetch_rest(url, part, progress):
         resumed = response.headers.get("Content-Range", "").startswith(f"bytes {start}-")
         size = start if resumed else 0
         total = None if response.length is None else size + response.length
+        megabytes = None if total is None else math.ceil(total / 2**20)
         _need(response.length or 0, part.parent)
         with open(part, "ab" if resumed else "wb") as file:
             while chunk := response.read(2**20):
                 size += file.write(chunk)
                 if progress:
-                    progress(size >> 20, total and total >> 20, "MB")
+                    progress(math.ceil(size / 2**20), megabytes, "MB")
     if total is not None and size < total:
         raise ConnectionError(f"{total - size} bytes missing")
 

@@ -298,7 +298,9 @@ def _read(source):
             f"{source}: reading mhd needs SimpleITK; pip install SimpleITK"
         ) from None
     except (OSError, RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[-1]
+        # What SimpleITK says (RuntimeError) is many lines, the last of them often wrong.
+        damage = "header or pixel file missing, damaged or too short"
+        reason = damage if isinstance(error, RuntimeError) else error
         raise DiffEchoError(
             f"{_place(source)}: unreadable ({reason}); copy or write it again"
         ) from None

@@ -1,5 +1,6 @@
 """The folder becomes a table; whatever is wrong with it is named, with the path and a remedy."""
 
+import gzip
 import json
 import re
 import shutil
@@ -153,6 +154,17 @@ def test_check_lists_all_damage_at_once(broken_root):
         assert re.search(r"[;,] (copy|restore|a |take|and|or|delete|use)", line[0]), (
             f"no remedy: {line[0]}"
         )
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"no gzip", gzip.compress(bytes(348)), gzip.compress(b"x")]
+)
+def test_what_is_no_nifti_is_named_by_the_table(content, broken_root):
+    path = camus.frame_path(broken_root, "patient0001", "2CH", "ED")
+    path.write_bytes(content)
+    with pytest.raises(DiffEchoError, match=f"{path}: unreadable") as error:
+        camus.read_table(broken_root)
+    assert "copy or download it again" in str(error.value)
 
 
 def test_command_line_check(broken_root, phantom_root, capsys):

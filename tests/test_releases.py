@@ -203,6 +203,18 @@ def test_data_of_any_form_is_converted_once(source, tmp_path, monkeypatch):
     assert str(releases.official(folder)) != table.attrs["root"]
 
 
+def test_conversion_that_another_process_finished_first_is_used(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(assets, "workspace", lambda: tmp_path / "workspace")
+    folder, convert = as_camus_pngs(source, tmp_path / "png"), releases.convert
+
+    def late(path, dest, progress):
+        convert(path, dest)
+        return convert(path, dest, progress)
+
+    monkeypatch.setattr(releases, "convert", late)
+    assert len(releases.open_table(folder)) == 16
+
+
 def test_commands_take_any_form(source, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(assets, "workspace", lambda: tmp_path / "workspace")
     folder = as_hdf5(source, tmp_path / "form")
@@ -223,7 +235,7 @@ def first(folder, pattern):
 
 def damage_truncated_raw(folder):
     first(folder / "training", "*_ED.raw").write_bytes(b"123")
-    return "unreadable"
+    return "unreadable .*pixel file missing, damaged or too short"
 
 
 def damage_label(folder):
