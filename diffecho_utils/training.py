@@ -62,18 +62,21 @@ class ReconstructionObjective(nn.Module):
         self.spectrum = JukeboxLoss(spatial_dims=2, fft_norm="ortho")
 
     def draw(self, batch, generator):
-        """Random numbers for a batch: crop corners, and the noise of the posterior sample."""
+        """Random numbers for a batch: crop corners, the posterior sample's noise, and dither."""
+        n = len(batch["images"])
         return _draw_crops(batch, self.crop, generator) | {
-            "noise": torch.randn(len(batch["images"]), *self._latent_shape(), generator=generator)
+            "noise": torch.randn(n, *self._latent_shape(), generator=generator),
+            "dither": torch.randn(n, 1, self.crop, self.crop, generator=generator),
         }
 
-    def forward(self, images, corners, noise):
+    def forward(self, images, corners, noise, dither):
         crops = _crop(images, corners, self.crop)
         posterior = self.network.encode(crops).latent_dist
         reconstruction = self.network.decode(posterior.mean + posterior.std * noise).sample
+        faint = dither / 255  # an amplitude of exactly 0, as in black crops, has no gradient: NaN
         parts = {
             "l1": F.l1_loss(reconstruction, crops),
-            "spectral": self.spectral * self.spectrum(reconstruction, crops),
+            "spectral": self.spectral * self.spectrum(reconstruction + faint, crops + faint),
             "kl": self.kl * posterior.kl().mean(),
         }
         return sum(parts.values()), parts
