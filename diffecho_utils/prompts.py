@@ -124,9 +124,10 @@ def facts(frames):
     "normal", "enlarged" by `LA_SMALL` and `LA_ENLARGED`. Both are a patient's, the same in all of
     its frames; missing where the frames that they need are not among `frames`.
     """
-    table = frames.table.copy()
-    measured = anatomy.patients_ef(frames).set_index("patient")["ef"]
-    table["ef"] = table["ef"].astype(float).fillna(table["patient"].map(measured))
+    table = frames.table.assign(ef=frames.table["ef"].astype(float))
+    table["ef"] = table.groupby("patient")["ef"].transform("first")
+    measured = anatomy.patients_ef(frames.where(table["ef"].isna())).set_index("patient")["ef"]
+    table["ef"] = table["ef"].fillna(table["patient"].map(measured))
     bounds = (-np.inf, LA_SMALL, LA_ENLARGED, np.inf)
     size = pd.cut(la_ratio(frames), bounds, labels=_LA_SIZES)
     table["la_size"] = table["patient"].map(size.astype(object))
