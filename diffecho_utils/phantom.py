@@ -10,11 +10,10 @@ Chapter 01. Two steps, and the file reads in that order:
    own polar grid; then envelope, log compression and scan conversion. `INGREDIENTS` are what
    separates such a picture from a clean one; each can be left out.
 
-Where the numbers come from. Chamber sizes and ejection fractions: normal ranges, widened to the
-mix of healthy and dilated hearts in CAMUS. Outlines, wall thickness, where the heart lies in the
-sector, and grey values: fitted to means and standard deviations over CAMUS (Leclerc et al. 2019).
-Its label maps draw walls of about 14 mm, thicker than the 6-10 mm of a healthy heart; the phantom
-follows the label maps, because they are what it stands in for.
+Where the numbers come from. Chamber sizes: normal ranges, widened to the mix of healthy and dilated
+hearts in CAMUS. All else is fitted to means and spreads over CAMUS's frames and label maps (Leclerc
+et al. 2019; `benchmarks/phantom_realism.py` measures how well), even where these draw thicker walls
+than a healthy heart has and higher ejection fractions than CAMUS's own cfg files state.
 """
 
 import contextlib
@@ -36,9 +35,8 @@ from scipy.interpolate import PchipInterpolator
 from diffecho_utils import DiffEchoError
 from diffecho_utils.camus import PHASES, SPLITS, VIEWS, frame_path
 
-VERSION = 2  # of the pictures: `ensure` rewrites a folder that another version wrote
+VERSION = 3  # of the pictures: `ensure` rewrites a folder that another version wrote
 SIDE = 256  # pixels in depth
-REDUCED_SHARE = 0.5  # of patients with an ejection fraction of at most 45 %, as published for CAMUS
 
 INGREDIENTS = (
     "speckle",  # interference of many scatterers within one resolution cell
@@ -97,6 +95,7 @@ class Patient:
     sex: str
     age: int
     ejection_fraction: float  # as drawn; the contours realise it to a few points: `volumes`
+    shortening: float  # share of the LV's length that it loses in systole
     length: float  # mm, inner LV length at end-diastole
     depth: float  # mm, of the sector
     half_angle: float  # radians, of the sector
@@ -107,17 +106,17 @@ class Patient:
 def patient(seed, index):
     """Patient number `index` (0, 1, ...) of the phantom `seed`: a `Patient`, not yet rendered."""
     rng = np.random.default_rng([seed, index])
-    male, reduced = rng.random() < 0.66, rng.random() < REDUCED_SHARE
-    ef = _draw(rng, 0.36, 0.06, 0.18, 0.44) if reduced else _draw(rng, 0.585, 0.065, 0.47, 0.74)
-    dilated = 1.04 if reduced else 0.97
+    male = rng.random() < 0.66
+    ef = _draw(rng, 0.49, 0.13, 0.2, 0.76)
+    dilated = 1 + 0.35 * (0.5 - ef)
     length = _draw(rng, 86 if male else 79, 7, 62, 108) * dilated
     depth = length / _draw(rng, 0.535, 0.09, 0.33, 0.75)
     angle = rng.choice([30, 37.4, 39.8, 45], p=[0.08, 0.72, 0.13, 0.07])  # CAMUS's sector shapes
     window, slender, thick, large = rng.normal(size=4)  # a round heart is round in both views
     views = {}
     for name, lateral, tilt, width, walls, atrium in (
-        ("2CH", -0.068, (17, 8.5), 0.605, (0.225, 0.155, 0.20), (50, 44)),
-        ("4CH", -0.034, (13.5, 6.5), 0.58, (0.17, 0.15, 0.17), (50, 47)),
+        ("2CH", -0.068, (17, 8.5), 0.605, (0.225, 0.155, 0.20), (48, 42)),
+        ("4CH", -0.034, (13.5, 6.5), 0.58, (0.157, 0.14, 0.157), (48, 45)),
     ):
         turn = np.radians(rng.normal(0, tilt[1]))
         lateral = depth * _draw(rng, lateral, 0.04, -0.25, 0.25) - 0.3 * length * np.sin(turn)
@@ -128,14 +127,14 @@ def patient(seed, index):
             tilt=float(np.radians(tilt[0]) + turn),
             width=length * width * dilated * _vary(rng, 0.07, 0.1 * slender),
             walls=tuple(length * wall * _vary(rng, 0.08, 0.12 * thick) for wall in walls),
-            atrium=tuple(mm * _vary(rng, 0.15, 0.09 * large) for mm in atrium),
+            atrium=tuple(mm * _vary(rng, 0.11, 0.09 * large) for mm in atrium),
             right_heart=tuple(mm * _vary(rng, 0.2) for mm in (34, 44)),
-            shape=tuple(rng.normal(size=11).tolist()),
+            shape=tuple(rng.normal(size=14).tolist()),
             degradation=float(1 / (1 + np.exp(-1.2 * quality))),
             quality="Good" if quality < -0.385 else "Medium" if quality < 0.878 else "Poor",
-            dynamic_range=_draw(rng, 55, 6, 42, 70),
-            brightness=_draw(rng, 0.52, 0.06, 0.36, 0.70),
-            gamma=_draw(rng, 1.3, 0.15, 1.0, 1.7),
+            dynamic_range=_draw(rng, 55, 5, 42, 70),
+            brightness=_draw(rng, 0.52, 0.05, 0.36, 0.70),
+            gamma=_draw(rng, 1.3, 0.12, 1.0, 1.7),
             frames=int(rng.integers(12, 23)),
             seed=(seed, index, VIEWS.index(name)),
         )
@@ -144,6 +143,7 @@ def patient(seed, index):
         sex="M" if male else "F",
         age=int(_draw(rng, 65, 14, 20, 93)),
         ejection_fraction=ef,
+        shortening=0.285 * ef * _vary(rng, 0.22),
         length=length,
         depth=depth,
         half_angle=float(np.radians(angle)),
@@ -196,10 +196,7 @@ def write(
     if patients < 1:
         raise DiffEchoError(f"{root}: {patients} patients asked for; a phantom needs at least 1")
     if root.exists() and not _description_of(root) and (root.is_file() or any(root.iterdir())):
-        raise DiffEchoError(
-            f"{root}: holds something else than a phantom (no dataset.json with world phantom); "
-            "name a new or empty folder"
-        )
+        raise DiffEchoError(f"{root}: holds something else than a phantom; name an empty folder")
     draft, old = (root.with_name(f"{root.name}.{os.getpid()}.{kind}") for kind in ("part", "old"))
     jobs = [(draft, seed, index, side, half_sequences) for index in range(patients)]
     processes = min(patients, processes or os.cpu_count() or 1)
@@ -213,8 +210,8 @@ def write(
             for done, _ in enumerate(run(_write_patient, jobs), start=1):
                 if progress:
                     progress(done, patients)
-        description = _description(patients, seed, side)
-        (draft / "dataset.json").write_text(json.dumps(description, indent=1) + "\n")
+        description = json.dumps(_description(patients, seed, side), indent=1)
+        (draft / "dataset.json").write_text(description + "\n")
         if root.exists():
             os.replace(root, old)
         os.replace(draft, root)
@@ -264,10 +261,11 @@ class _Heart:
 
 def _heart(patient, v, beat):
     z, ef = v.shape, patient.ejection_fraction
-    shortened = 1 - 0.28 * ef  # the length's part in the contraction; the widths take the rest
+    shortened = 1 - patient.shortening  # the widths take the rest of the contraction
+    narrowed = np.sqrt((1 - ef) / shortened) * (1 + 0.03 * z[11])
     s = np.linspace(0, 1, 121) ** 2  # dense where the apex is round
     contours, perimeters = [], []
-    for end, along, scale in ((0, 1, 1), (1, shortened, np.sqrt((1 - ef) / shortened))):
+    for end, along, scale in ((0, 1, 1), (1, shortened, narrowed)):
         half = PchipInterpolator(np.sqrt(_S), _WIDTH[v.name][end])(np.sqrt(s)) / 2
         half *= np.exp(0.05 * z[0] * np.cos(np.pi * s) + 0.03 * z[1] * np.cos(2 * np.pi * s))
         middle = PchipInterpolator(_S, _MIDLINE[v.name][end])(s)
@@ -278,8 +276,8 @@ def _heart(patient, v, beat):
         perimeters.append(np.hypot(np.diff(patient.length * along * s), np.diff(contour)).sum())
     left, right = (1 - beat) * contours[0] + beat * contours[1]
     length = patient.length * (1 - beat * (1 - shortened))
-    # The muscle keeps its area: what the contour loses in length, the wall gains in thickness.
-    thickening = 1 + beat * (0.97 * perimeters[0] / perimeters[1] - 1)
+    # The muscle about keeps its area: what the contour loses in length, the wall gains in thickness.
+    thickening = 1 + beat * (0.94 * np.exp(0.075 * z[12]) * perimeters[0] / perimeters[1] - 1)
     # The base comes up to the apex, which stays nearly in place.
     first, now = ((np.sin(a), np.cos(a)) for a in (v.tilt, v.tilt * (1 - 0.25 * beat)))
     base = patient.length - 0.78 * (patient.length - length)
@@ -321,7 +319,8 @@ def _structures(h, x, y):
     lip = 0.06 * h.length * np.sqrt(np.clip(1 - (2 * depth - 1) ** 2, 0, 1))  # its rounded ends
     wall = (depth >= 0) & (depth < 1) & (below < lip)
     # Left atrium: a superellipse hung from the mitral plane, its axis nearer to the vertical.
-    length, width = v.atrium[0] * (0.77 + 0.23 * h.beat), v.atrium[1] * (0.91 + 0.09 * h.beat)
+    small = 0.79 * np.exp(0.13 * z[13]), 0.925 * np.exp(0.06 * z[13])  # at end-diastole
+    length, width = (mm * (k + (1 - k) * h.beat) for mm, k in zip(v.atrium, small, strict=True))
     aside = -0.1 if v.name == "4CH" else 0
     hang = h.place(h.length, float(h.left[-1] + h.right[-1]) / 2 + aside * h.width)
     tilt = float(0.5 * np.arctan2(*h.axis) + 0.1 * z[9] + aside)
@@ -330,12 +329,9 @@ def _structures(h, x, y):
     across = dx * np.cos(tilt) - dy * np.sin(tilt) + 0.15 * z[10] * width * down * (1 - down)
     level = (np.abs((down - 0.42) / 0.58) ** 2.6 + np.abs(2 * across / width) ** 2.6) ** (1 / 2.6)
     return SimpleNamespace(
-        cavity=(radius < inner) & (below < 0),
-        wall=wall,
-        atrium=(level < 1) & (below >= 0) & ~wall,
+        cavity=(radius < inner) & (below < 0), wall=wall, atrium=(level < 1) & (below >= 0) & ~wall,
         u=u, t=t, angle=angle, below=below, depth=depth, down=down, across=across,
-        outside=radius - outer,
-        atrial=(level - 1) * width / 2,
+        outside=radius - outer, atrial=(level - 1) * width / 2,
     )  # fmt: skip
 
 
@@ -367,10 +363,10 @@ def _valves(h, rng):
             for p in np.linspace(0, 1, 14):  # from hinge to tip: closed, a flat tent; open, a gate
                 u = base - reach * ((1 - opening) * 0.15 * np.sin(2 * p) + opening * 0.9 * p)
                 t = hinge + sign * reach * p * (1 - opening + opening * (0.2 + 0.3 * p))
-                points.append((*h.place(u, t), rng.uniform(0.7, 1.5), rng.gamma(1.5, 0.8)))
+                points.append((*h.place(u, t), rng.uniform(0.7, 1.5), rng.gamma(1.5, 0.6)))
             for _ in range(4):  # the fibrous ring
                 u, t = base + rng.normal(0, 3), hinge - sign * rng.uniform(-1, 7)
-                points.append((*h.place(u, t), rng.uniform(1.5, 4), rng.uniform(0.4, 2)))
+                points.append((*h.place(u, t), rng.uniform(1.5, 4), rng.uniform(0.3, 1.4)))
     for border in (h.left, h.right):  # papillary muscles and chords, within the cavity's label
         for p in np.linspace(0.35, 0.75, 9):
             t = np.interp(p, h.s, border) * rng.normal(0.7, 0.05)
@@ -382,7 +378,7 @@ def _valves(h, rng):
 
 RANGES, BEAMS = 320, 160  # samples along a beam, beams across the sector
 LOOKS = 2  # pictures at neighbouring frequencies, averaged: what scanners do against speckle
-_PULSE = (0, 0.9, 1.5)  # standard deviations of the point spread function: -, ranges, beams
+_PULSE = (0, 0.9, 1.6)  # standard deviations of the point spread function: -, ranges, beams
 
 
 def _render(patient, v, beat, ingredients, side):
@@ -401,9 +397,9 @@ def _beams(patient, h, use):
     r = np.linspace(0, patient.depth, RANGES, dtype=np.float32)[:, None]
     theta = np.linspace(-patient.half_angle, patient.half_angle, BEAMS, dtype=np.float32)[None]
     x, y = r * np.sin(theta), r * np.cos(theta)
-    if "texture" in use:  # displaces the tissue by a millimetre; experts' contours are smooth
+    if "texture" in use:  # moves the tissue by a millimetre or two; experts' contours are smooth
         rng = _rng(v, "borders")
-        x, y = x + 0.8 * _field(rng, 60, 45), y + 0.8 * _field(rng, 60, 45)
+        x, y = (z + 0.8 * _field(rng, 60, 45) + 0.9 * _field(rng, 14, 10) for z in (x, y))
     g = _structures(h, x, y)
     amplitude = _echo(patient, h, g, theta, use)
 
@@ -417,7 +413,7 @@ def _beams(patient, h, use):
     if "attenuation" in use:
         rng = _rng(v, "attenuation")
         path = np.cumsum(~(g.cavity | g.atrium), 0) * np.float32(patient.depth / RANGES)
-        loss = rng.uniform(0.02, 0.08) * (path - path.mean(1, keepdims=True))
+        loss = rng.uniform(0.02, 0.06) * (path - path.mean(1, keepdims=True))
         power *= _decibels(-loss - rng.normal(0, 3) * (r / patient.depth - 0.5))
 
     # Haze, and echoes in the wrong place.
@@ -426,7 +422,8 @@ def _beams(patient, h, use):
         haze += 0.03 * ndimage.gaussian_filter1d(power, 12, axis=1)
     if "clutter" in use:
         rng = _rng(v, "clutter")
-        haze += _decibels(-15 + 4 * bad + rng.normal(0, 2) + 2 * _field(rng, 6, 5))
+        veil = rng.normal(-13 + 3 * bad, 1.5) - 8 * r / patient.depth
+        haze += _decibels(veil + 2 * _field(rng, 6, 5))
         haze += 0.02 * ndimage.gaussian_filter(power, (14, 12))
         haze += rng.uniform(0.03, 0.5) * np.exp(-r / np.float32(rng.uniform(5, 15)))
     if "reverberation" in use:
@@ -436,14 +433,14 @@ def _beams(patient, h, use):
             haze[k * gap :] += rng.uniform(0.002, 0.02) * power[: -k * gap]
             arc = np.exp(-((r - 0.7 * r[k * gap]) ** 2) / rng.uniform(1, 5))
             haze += rng.uniform(0, 1.5) / k * arc * np.exp(_field(rng, 2, 12))
-    power += haze * stray
+    power += haze * (0.3 + 0.7 * stray)
     for stop, spread in ((45, 2), (28, 4), (14, 8)):  # near the probe no beam has formed yet
         power[:stop] = ndimage.gaussian_filter1d(power[:stop], spread, axis=1)
     if "shadow" in use:
         power *= _decibels(-_shadows(v, r / patient.depth, theta / patient.half_angle))
     if "noise" in use:
         rng = _rng(v, "noise")
-        level = _decibels(-22 + 6 * bad + rng.normal(0, 2) + 3 * r / patient.depth)
+        level = _decibels(-21 + 6 * bad + rng.normal(0, 2))
         power += level * _speckle(v, {f"noise {h.beat:.4f}": 1})
     level = 10 * np.log10(power) / v.dynamic_range + v.brightness
     if "gain" in use:
@@ -458,7 +455,7 @@ def _echo(patient, h, g, theta, use):
     rng = _rng(v, "texture")
     patches, spots, streaks, grain = (
         _field(rng, *cells) if "texture" in use else np.zeros_like(g.u, np.float32)
-        for cells in ((6, 5), (16, 12), (30, 4), (80, 50))
+        for cells in ((6, 5), (16, 12), (50, 12), (80, 50))
     )
     rng = _rng(v, "tissues")
     behind = (g.below > 0) & ~g.wall
@@ -469,8 +466,8 @@ def _echo(patient, h, g, theta, use):
         right_blood, right_wall = _right_heart(h, g)
         around[right_wall] = (1 + 4 * patches + 3 * grain)[right_wall]
         blood = blood | right_blood
-    muscle = rng.normal(1, 1) + rng.normal(0, 2) * (2 * g.depth - 1)
-    db = np.where(g.wall, muscle + 3.5 * patches + 3.5 * spots + 5 * grain, around)
+    muscle = rng.normal(2, 1) + rng.normal(0, 2) * (2 * g.depth - 1) - 2.5 * np.sin(g.angle)
+    db = np.where(g.wall, muscle + 3.5 * patches + 3.5 * spots + 4.5 * grain, around)
     border = g.wall | ((np.abs(g.outside) < 8) & (g.below < 3))
     if "pericardium" in use:
         rng = _rng(v, "pericardium")
@@ -479,11 +476,16 @@ def _echo(patient, h, g, theta, use):
             rim *= np.where(g.t < 0, 0.3, 1)  # the septum has blood on both sides
         db += rng.normal(6, 3) * rim
         seen = behind / (1 + np.exp(-3 * spots))
-        db += rng.normal(7, 3) * np.exp(-((g.atrial - 1.5) ** 2) / 6) * seen
+        rim = np.exp(-((g.atrial - 1.5) ** 2) / 6)
+        db += rng.normal(7, 3) * (1 - 0.6 * h.beat) * rim * seen
     if "angle" in use:
         across = np.cos(g.angle - np.arctan2(*h.axis) + theta) ** 2  # 1: the beam meets it head-on
-        db += np.where(border, 6 * (across - 0.6), 0)
-    amplitude = np.sqrt(_decibels(np.where(blood, -35, db)))
+        db += np.where(border, 3.5 * (across - 0.6), 0)
+    db = np.where(blood, -35, db)
+    if "clutter" in use:  # most in the atrium while it is small
+        veil = _rng(v, "atrium").normal(-12, 4) - 14 * h.beat + 6 * np.exp(g.atrial / 5)
+        db = np.where(g.atrium, veil, db)
+    amplitude = np.sqrt(_decibels(db))
     if "valves" in use:
         for point in _valves(h, _rng(v, "valves")):
             _add_spot(amplitude, patient, *point)
@@ -520,11 +522,15 @@ def _speckle(v, weights, amplitude=1):
 
 def _field(rng, rows, columns):
     """Smooth random (range, beam) field, mean 0, variance 1, of about rows x columns patches."""
-    bases = []
-    for size, count in ((RANGES, rows), (BEAMS, columns)):
-        basis = np.exp(-((np.linspace(0, count - 1, size)[:, None] - np.arange(count)) ** 2) / 0.7)
-        bases.append(basis / np.sqrt((basis**2).sum(1, keepdims=True)))
-    return (bases[0] @ rng.standard_normal((rows, columns)) @ bases[1].T).astype(np.float32)
+    weights = rng.standard_normal((rows, columns), dtype=np.float32)
+    return _bumps(RANGES, rows) @ weights @ _bumps(BEAMS, columns).T
+
+
+@lru_cache(maxsize=32)
+def _bumps(size, count):
+    """`count` Gaussian bumps along `size` samples, (size, count), squares summing to 1 at each."""
+    bumps = np.exp(-((np.linspace(0, count - 1, size)[:, None] - np.arange(count)) ** 2) / 0.7)
+    return np.float32(bumps / np.sqrt((bumps**2).sum(1, keepdims=True)))
 
 
 def _add_spot(amplitude, patient, lateral, depth, size, strength):
