@@ -523,14 +523,14 @@ def _speckle(v, weights, amplitude=1):
 def _field(rng, rows, columns):
     """Smooth random (range, beam) field, mean 0, variance 1, of about rows x columns patches."""
     weights = rng.standard_normal((rows, columns), dtype=np.float32)
-    return _bumps(RANGES, rows) @ weights @ _bumps(BEAMS, columns).T
+    return np.float32(_bumps(RANGES, rows) @ weights @ _bumps(BEAMS, columns).T)
 
 
 @lru_cache(maxsize=32)
 def _bumps(size, count):
     """`count` Gaussian bumps along `size` samples, (size, count), squares summing to 1 at each."""
     bumps = np.exp(-((np.linspace(0, count - 1, size)[:, None] - np.arange(count)) ** 2) / 0.7)
-    return np.float32(bumps / np.sqrt((bumps**2).sum(1, keepdims=True)))
+    return bumps / np.sqrt((bumps**2).sum(1, keepdims=True))
 
 
 def _add_spot(amplitude, patient, lateral, depth, size, strength):
