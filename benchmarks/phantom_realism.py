@@ -102,13 +102,19 @@ def measure(options):
         for region, histogram in ours["histograms"].items()
     }
     ef = stats.ks_2samp(real["ef"], ours["ef"])
+    for world in measured.values():
+        fractions = np.array(world["ef"])
+        world["ef"] = {
+            "summary": summary(fractions),
+            "at_most_45": np.mean(fractions <= 45),
+            "percentiles": np.percentile(fractions, range(0, 101, 5)),
+        }
     values = measured | {
         "version": phantom.VERSION,
         "patients": options.patients,
         "real_patients": worlds["real"].table.patient.nunique(),
         "histogram_distance": distances,
-        "ef": {name: summary(np.array(measured[name].pop("ef"))) for name in measured}
-        | {"ks_distance": ef.statistic, "ks_p": ef.pvalue},
+        "ef_distance": {"kolmogorov_smirnov": ef.statistic, "p": ef.pvalue},
     }
     keep(options.out / "measure.json", values, f"measure --patients {options.patients}")
 
