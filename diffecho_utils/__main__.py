@@ -92,30 +92,53 @@ def prompts_command(options):
 
 
 def train_command(options):
+    from dataclasses import replace
+
     from diffecho_utils import assets, data, profiles, results, training
 
     profile = profiles.get(options.profile)
+    if options.latent_channels:
+        profile = replace(profile, latent_channels=options.latent_channels)
+    if options.views:
+        profile = replace(profile, jittered_views=options.views)
+    changed = {name: getattr(options, name) for name in ("batch", "learning_rate", "ema")}
+    profile = profiles.adapt(profile, options.model, steps=options.steps, **changed)
     table = camus.select(
         camus.read_table(options.data), split=options.split, patients=profile.patients
     )
     cache = assets.workspace() / "cache"
     frames = data.load_frames(table, profile.side, cache_dir=cache)
-    command = f"python -m diffecho_utils train {options.model} --profile {profile.name} --seed {options.seed}"
-    settings = dict(
+    needs = {
+        name: getattr(options, name) or assets.checkpoint(table.attrs["world"], name)
+        for name in training.MODELS[options.model]
+    }
+    training.train(
+        options.model,
+        frames,
+        profile,
+        options.out,
+        needs=needs,
         resume=options.resume,
-        provenance=results.provenance(command),
+        provenance=results.provenance(_train_line(options)),
         progress=lambda line: print(line, flush=True),
         seed=options.seed,
+        cache_dir=cache,
+        minutes=options.minutes,
+        start=options.start,
     )
-    if options.model == "autoencoder":
-        training.train_autoencoder(frames, profile, options.out, **settings)
-    else:
-        world = table.attrs["world"]
-        autoencoder = options.autoencoder or assets.checkpoint(world, "autoencoder")
-        training.train_unconditional(
-            frames, autoencoder, profile, options.out, cache_dir=cache, **settings
-        )
     print(f"wrote {options.out}")
+
+
+def _train_line(options):
+    """The command again, without paths, for the record."""
+    line = f"python -m diffecho_utils train {options.model} --profile {options.profile}"
+    line += f" --seed {options.seed}"
+    for name in ("latent_channels", "views", "steps", "batch", "learning_rate", "ema", "minutes"):
+        value = getattr(options, name)
+        if value is not None:
+            values = value if isinstance(value, list) else [value]
+            line += f" --{name.replace('_', '-')} {' '.join(map(str, values))}"
+    return line
 
 
 def sample_command(options):
@@ -268,15 +291,29 @@ def _parser():
     sub.add_argument("--template", default="clinical", choices=prompts.TEMPLATES)
 
     sub = command("train", train_command, "train a network; interrupted runs go on with --resume")
-    sub.add_argument("model", choices=("autoencoder", "unconditional"), metavar="MODEL")
+    models = "autoencoder clip unconditional text text-seg sdm segmenter classifier".split()
+    sub.add_argument("model", choices=models, metavar="MODEL", help=", ".join(models))
     sub.add_argument("--data", type=Path, required=True, metavar="ROOT")
     sub.add_argument("--split", default="training", choices=camus.SPLITS)
     sub.add_argument("--profile", default="cpu")
     sub.add_argument("--out", type=Path, required=True, metavar="DIR")
-    sub.add_argument(
-        "--autoencoder", type=Path, metavar="DIR", help="default: the shipped one of this world"
-    )
+    for needed in ("autoencoder", "clip", "text"):
+        sub.add_argument(
+            f"--{needed}", type=Path, metavar="DIR", help="default: the shipped one of this world"
+        )
     sub.add_argument("--resume", action="store_true")
+    sub.add_argument(
+        "--steps", type=int, nargs="+", help="one number a stage; default: the profile's"
+    )
+    sub.add_argument("--batch", type=int)
+    sub.add_argument("--learning-rate", type=float)
+    sub.add_argument("--ema", type=float, help="decay of the averaged weights")
+    sub.add_argument("--minutes", type=float, help="as many steps as fit in this time, a stage")
+    sub.add_argument(
+        "--start", type=Path, metavar="DIR", help="go on from this checkpoint's weights"
+    )
+    sub.add_argument("--latent-channels", type=int)
+    sub.add_argument("--views", type=int, help="cached copies of each frame, all but one jittered")
     sub.add_argument("--seed", type=int, default=0)
 
     sub = command(

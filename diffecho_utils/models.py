@@ -417,6 +417,27 @@ def load_network(folder):
     return _load(None, folder)
 
 
+def take_weights(network, folder):
+    """Copy a checkpoint's weights into `network` wherever name and shape agree; refuse if few do."""
+    stored = {}
+    for path in Path(folder).glob("**/*.safetensors"):
+        stored |= load_file(path)
+    wanted = network.state_dict()
+    prefixes = ("", "unet.", "controlnet.")  # a denoiser wraps the network that was saved
+    taken = {
+        prefix + name: tensor.float()
+        for prefix in prefixes
+        for name, tensor in stored.items()
+        if prefix + name in wanted and wanted[prefix + name].shape == tensor.shape
+    }
+    if len(taken) < len(wanted) / 2:
+        raise DiffEchoError(
+            f"{folder}: {len(taken)} of {len(wanted)} weights fit this network; start from a "
+            "checkpoint of the same model and profile"
+        )
+    network.load_state_dict(taken, strict=False)
+
+
 def load_generator(folder):
     """The `Generator` in `folder`, of whichever model, with the checkpoints it was trained with.
 

@@ -9,12 +9,14 @@ process with twice the batch does.
     accelerate launch -m diffecho_utils train text --data ROOT --autoencoder DIR --clip DIR --out DIR
 """
 
+import copy
 import dataclasses
 import json
 import math
 import os
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -271,11 +273,15 @@ def train(
     progress=print,
     seed=0,
     cache_dir=None,
+    minutes=None,
+    start=None,
     **settings,
 ):
     """Train `model`, one of `MODELS`, on `frames` (data.Frames) and save it in `folder`.
 
-    needs: {name: folder} of the checkpoints it builds on: "autoencoder" (unconditional, text, sdm),
+    minutes: as many steps as fit, by the speed of the first ones, instead of the recipe's; for a
+    model of several stages, of each. start: a checkpoint to go on from, as fine-tuning does: its
+    weights that have the name and the shape of this model's; default: random weights. needs: {name: folder} of the checkpoints it builds on: "autoencoder" (unconditional, text, sdm),
     "clip" (text), "text" (text-seg, which takes the autoencoder and CLIP from there). `settings` go
     to the objective. Returns the log, a DataFrame with a row every few steps and the column stage.
     """
@@ -293,6 +299,11 @@ def train(
     def stage(name, objective, tensors, recipe):
         """Run one training of which `model` may need several, resumable on its own."""
         state = folder / "state" / name
+        if start is not None and not resume:
+            models.take_weights(objective.network, start)
+        if minutes is not None:
+            recipe = replace(recipe, steps=_steps_within(minutes, objective, tensors, recipe))
+            progress(f"{name}: {recipe.steps} steps fit in {minutes:g} minutes")
         log = fit(objective, tensors, recipe, state, resume=resume, progress=progress, seed=seed)
         objective.cpu()
         logs.append(log.assign(stage=name))
@@ -326,9 +337,21 @@ def train(
     log = pd.concat(logs, ignore_index=True)
     training = _training(model, frames, profile, recipes, log, provenance, seed)
     training |= {"latent_side": side} if side else {}
+    if start is not None:
+        training["started_from"] = models.read_training(start)
     if PartialState().is_main_process:
         models.save(parts, folder, training, {name: needs[name] for name in MODELS[model]})
     return log
+
+
+def _steps_within(minutes, objective, tensors, recipe, probe=30):
+    """Steps of `recipe` that take so many minutes here: 9 tenths of what a copy's `probe` steps tell."""
+    copied, seconds = copy.deepcopy(objective), []
+    for steps in (5, probe):  # the first steps are slow and do not count
+        started = time.monotonic()
+        fit(copied, tensors, replace(recipe, steps=steps, warmup=1), None, progress=lambda _: None)
+        seconds.append(time.monotonic() - started)
+    return max(1, int(0.9 * (60 * minutes - sum(seconds)) / (seconds[1] / probe)))
 
 
 def _autoencoder(frames, profile, stage, settings):
@@ -344,7 +367,7 @@ def _autoencoder(frames, profile, stage, settings):
 
 
 def _clip(frames, profile, stage, settings):
-    tokenizer = models.build_tokenizer(prompts.vocabulary()[0])
+    tokenizer = models.build_tokenizer(prompts.every())
     clip = models.build_clip(profile, tokenizer)
     texts, ids = data.prompt_table(frames, TEMPLATES)
     objective = ContrastiveObjective(clip, models.tokens(tokenizer, texts), **settings)
