@@ -53,6 +53,22 @@ def radial_spectrum(images):
     return (frequencies / side).numpy(), (10 * torch.log10(levels)).numpy()
 
 
+def power_by_direction(images, low=0.125, high=0.375, bins=18):
+    """Power of fine detail by direction: (N, bins); 0 degrees varies sideways, 90 along depth.
+
+    Frequencies between `low` and `high` cycles a pixel, under a Hann window; bin b covers the
+    directions from b to b + 1 times 180 / bins degrees.
+    """
+    side = images.shape[-1]
+    window = torch.hann_window(side, periodic=False)
+    power = torch.fft.fft2(images[:, 0] * window[:, None] * window).abs().square()
+    depth, sideways = torch.meshgrid(*[torch.fft.fftfreq(side)] * 2, indexing="ij")
+    radius = torch.hypot(depth, sideways)
+    ring = (radius > low) & (radius < high)
+    wedge = (torch.atan2(depth, sideways) / torch.pi * bins).floor() % bins
+    return torch.stack([power[:, ring & (wedge == b)].mean(1) for b in range(bins)], 1).numpy()
+
+
 def high_frequency_deviation(images, pixels=5):
     """Standard deviation of what a mean over `pixels` x `pixels` removes: (N,), speckle and noise."""
     blurred = F.avg_pool2d(F.pad(images, (pixels // 2,) * 4, mode="reflect"), pixels, stride=1)
