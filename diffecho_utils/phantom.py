@@ -10,10 +10,9 @@ Chapter 01. Two steps, and the file reads in that order:
    own polar grid; then envelope, log compression and scan conversion. `INGREDIENTS` are what
    separates such a picture from a clean one; each can be left out.
 
-Where the numbers come from. Chamber sizes: normal ranges, widened to the mix of healthy and dilated
-hearts in CAMUS. All else is fitted to means and spreads over CAMUS's frames and label maps (Leclerc
-et al. 2019; `benchmarks/phantom_realism.py` measures how well), even where these draw thicker walls
-than a healthy heart has and higher ejection fractions than CAMUS's own cfg files state.
+Chamber sizes: normal ranges, widened to CAMUS's mix of healthy and dilated hearts. All else is fitted
+to means and spreads over CAMUS's frames and label maps (Leclerc et al. 2019), even where these draw
+walls thicker than a healthy heart's; `benchmarks/phantom_realism.py` measures how well it fits.
 """
 
 import contextlib
@@ -29,7 +28,7 @@ from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
-from scipy import ndimage
+from scipy import ndimage, sparse
 from scipy.interpolate import PchipInterpolator
 
 from diffecho_utils import DiffEchoError
@@ -168,9 +167,9 @@ def volumes(patient):
 def frame(patient, view, phase, ingredients=INGREDIENTS, side=SIDE):
     """One frame: image (lateral, depth) uint8, mask (lateral, depth) uint8, pixel spacing in mm.
 
-    `side` pixels in depth. As in CAMUS the frame is cropped to the sector and its pixels are
-    square, so that its width follows from the sector's angle. `ingredients`: those of `INGREDIENTS`
-    to apply; each draws its own random numbers, so that leaving one out changes nothing else.
+    `side` pixels in depth; square ones, and the sector's angle gives the width, as in CAMUS.
+    `ingredients`: those of `INGREDIENTS` to apply; each draws its own random numbers, so that
+    leaving one out changes nothing else.
     Raises DiffEchoError for an unknown view, phase or ingredient.
     """
     if phase not in PHASES or view not in VIEWS:
@@ -506,8 +505,7 @@ def _shadows(v, r, beam):
 def _speckle(v, weights, amplitude=1):
     """Echo power of random scatterers times `amplitude`, averaged over looks: mean amplitude^2.
 
-    Each look has a real and an imaginary part. `weights`: of the random streams that make up the
-    scatterers; their squares sum to 1.
+    Each look has a real and an imaginary part. `weights`: {random stream: weight}, squares sum to 1.
     """
     shape = (2 * LOOKS, RANGES, BEAMS)
     parts = sum(
@@ -523,14 +521,18 @@ def _speckle(v, weights, amplitude=1):
 def _field(rng, rows, columns):
     """Smooth random (range, beam) field, mean 0, variance 1, of about rows x columns patches."""
     weights = rng.standard_normal((rows, columns), dtype=np.float32)
-    return np.float32(_bumps(RANGES, rows) @ weights @ _bumps(BEAMS, columns).T)
+    return np.float32(_bumps(RANGES, rows) @ (_bumps(BEAMS, columns) @ weights.T).T)
 
 
 @lru_cache(maxsize=32)
 def _bumps(size, count):
-    """`count` Gaussian bumps along `size` samples, (size, count), squares summing to 1 at each."""
+    """`count` Gaussian bumps along `size` samples, squares summing to 1 at each: (size, count).
+
+    Sparse: quick, and free of BLAS, whose threads would fight with the other processes'.
+    """
     bumps = np.exp(-((np.linspace(0, count - 1, size)[:, None] - np.arange(count)) ** 2) / 0.7)
-    return bumps / np.sqrt((bumps**2).sum(1, keepdims=True))
+    bumps[bumps < 1e-12] = 0
+    return sparse.csr_array(bumps / np.sqrt((bumps**2).sum(1, keepdims=True)))
 
 
 def _add_spot(amplitude, patient, lateral, depth, size, strength):
