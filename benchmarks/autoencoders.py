@@ -46,7 +46,8 @@ def main():
         for folder in folders:
             vae = models.load_autoencoder(folder)
             name = f"{vae.config.latent_channels} channels, {stage}"
-            rows[name] = measure(through(vae, real.images), real, segmenter)
+            images = through(vae, real.images)
+            rows[name] = fidelity(images, real) | measure(images, real, segmenter)
             pictures[name] = through(vae, simulated)
             print(name, rows[name], flush=True)
 
@@ -76,20 +77,20 @@ def through(vae, images):
     return data.decode(vae, data.encode(vae, images))
 
 
+def fidelity(images, real):
+    """How close `images` are to the real frames that they reconstruct, pixel by pixel."""
+    return {
+        "psnr": interval(metrics.psnr(images, real.images).numpy(), real),
+        "ms_ssim": interval(metrics.ms_ssim(images, real.images).numpy(), real),
+    }
+
+
 def measure(images, real, segmenter):
-    """One row of the comparison of `images` with the real frames that they reconstruct.
+    """How like the real frames they are in texture, and how well their anatomy is read.
 
-    Means over frames with 95 % intervals over patients, (mean, low, high); root mean square
-    differences in dB of the two mean spectra, radial and by direction; `dice_kept`: the segmenter's
-    mean Dice on `images` as a share of that on the real frames.
+    Root mean square differences in dB of the two mean spectra, radial and by direction; `dice_kept`:
+    the segmenter's mean Dice on `images` as a share of that on the real frames.
     """
-    patients = real.table["patient"].to_numpy()
-
-    def interval(values):
-        return np.nanmean(values), *metrics.bootstrap_interval(
-            lambda rows: np.nanmean(values[rows]), patients
-        )
-
     dice, on_real = (
         downstream.dice(downstream.segment(segmenter, x), real.masks) for x in (images, real.images)
     )
@@ -101,14 +102,25 @@ def measure(images, real, segmenter):
     powers = [metrics.power_by_direction(x).mean(0) for x in (images, real.images)]
     directions = [10 * np.log10(power / power.mean()) for power in powers]
     return {
-        "psnr": interval(metrics.psnr(images, real.images).numpy()),
-        "ms_ssim": interval(metrics.ms_ssim(images, real.images).numpy()),
-        "fine_detail": interval(metrics.high_frequency_deviation(images).numpy()),
+        "fine_detail": interval(metrics.high_frequency_deviation(images).numpy(), real),
         "spectrum_db": rms(*spectra),
         "direction_db": rms(*directions),
-        "dice": dict(zip(downstream.STRUCTURES, map(interval, dice.T), strict=True)),
-        "dice_kept": (kept(np.arange(len(real))), *metrics.bootstrap_interval(kept, patients)),
+        "dice": {
+            part: interval(x, real) for part, x in zip(downstream.STRUCTURES, dice.T, strict=True)
+        },
+        "dice_kept": (
+            kept(np.arange(len(real))),
+            *metrics.bootstrap_interval(kept, real.table["patient"]),
+        ),
     }
+
+
+def interval(values, real):
+    """(mean over frames, low, high) of values (N,): 95 % bootstrap interval over patients."""
+    patients = real.table["patient"]
+    return np.nanmean(values), *metrics.bootstrap_interval(
+        lambda rows: np.nanmean(values[rows]), patients
+    )
 
 
 def rms(a, b):
