@@ -142,20 +142,29 @@ def _train_line(options):
 
 
 def sample_command(options):
-    from diffecho_utils import models, sampling
+    import torch
 
-    generator = models.load_unconditional(options.checkpoint)
-    facts = {"model": options.model} | {
-        key: models.read_training(options.checkpoint).get(key)
-        for key in ("world", "profile", "commit")
-    }
+    from diffecho_utils import assets, data, models, sampling
+
+    generator = models.load_generator(options.checkpoint)
+    made = models.read_training(options.checkpoint)
+    if generator.model != options.model:
+        raise DiffEchoError(f"{options.checkpoint}: a checkpoint of {generator.model}")
+    generator.to("cuda" if torch.cuda.is_available() else "cpu")
+    frames = None
+    if options.masks:
+        rows = camus.select(camus.read_table(options.masks), split=options.split)
+        side = 8 * generator.latent_shape[-1]
+        frames = data.load_frames(rows, side, cache_dir=assets.workspace() / "cache")
+    planned = sampling.plan(options.model, options.n, frames, options.template)
     table = sampling.write_synthetic(
         generator,
         options.out,
-        options.n,
+        *planned,
         options.steps,
         seed=options.seed,
-        facts=facts,
+        guidance=options.guidance,
+        facts={key: made.get(key) for key in ("world", "profile", "commit")},
         progress=_progress("images"),
     )
     print(f"wrote {len(table)} images, {options.n} of each class, to {options.out}")
@@ -319,10 +328,19 @@ def _parser():
     sub = command(
         "sample", sample_command, "write a synthetic data set; interrupted runs go on when repeated"
     )
-    sub.add_argument("model", choices=("unconditional",), metavar="MODEL")
+    models = "unconditional text text-seg sdm".split()
+    sub.add_argument("model", choices=models, metavar="MODEL", help=", ".join(models))
     sub.add_argument("--checkpoint", type=Path, required=True, metavar="DIR")
     sub.add_argument("--out", type=Path, required=True, metavar="DIR")
     sub.add_argument("--n", type=int, default=50, help="images of each of the four classes")
+    sub.add_argument("--masks", type=Path, metavar="ROOT", help="a CAMUS folder: its label maps")
+    sub.add_argument("--split", default="training", choices=camus.SPLITS, help="of the label maps")
+    sub.add_argument(
+        "--template", default="paper", help="of the prompts: paper, paper-seg, clinical"
+    )
+    sub.add_argument(
+        "--guidance", type=float, default=1.0, help="weight of the condition; 1: as is"
+    )
     sub.add_argument("--steps", type=int, default=20, help="DPM-Solver++ steps")
     sub.add_argument(
         "--seed", type=int, default=0, help="seed of the first image; the next counts on"

@@ -1,8 +1,9 @@
 """From noise to echocardiograms: run a solver, and write a synthetic data set.
 
-Chapter 03.
+Chapters 03 to 06.
 """
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from diffusers import DPMSolverMultistepScheduler
 from PIL import Image, UnidentifiedImageError
 
-from diffecho_utils import DiffEchoError, camus, data, results
+from diffecho_utils import DiffEchoError, camus, data, prompts, results
 
 METADATA = ["file_name", "view", "phase", "prompt", "seed", "label_map"]
 
@@ -109,17 +110,70 @@ def initial_noise(seeds, shape):
     return torch.stack(draws)
 
 
-def write_synthetic(
-    generator, folder, count, steps, *, seed=0, facts=None, progress=None, batch=50
-):
-    """Write `count` images of each class as a synthetic data set, and return its metadata table.
+def plan(model, count, frames=None, template="paper"):
+    """What to draw: (table, masks) for `count` images of each class.
 
-    FOLDER/images/*.png (8-bit grey), metadata.csv (`METADATA`, one row an image) and dataset.json
-    (`facts` and the settings). Images that are there already are kept, so an interrupted run goes
-    on; metadata.csv is written last. Raises DiffEchoError if FOLDER holds a set of other settings.
+    table: view, phase and prompt of each image ("" for generators that read none). masks: (N, H, W)
+    uint8 label maps for generators that are told them, else None: those of `frames` (data.Frames),
+    class by class in their order, over again where there are fewer than `count`.
     """
-    folder = Path(folder)
-    settings = {"count": count, "steps": steps, "seed": seed} | (facts or {})
+    classes = np.repeat(np.arange(len(camus.CLASSES)), count)
+    table = pd.DataFrame([camus.CLASSES[c] for c in classes], columns=["view", "phase"])
+    wanted, masks = "prompts" in CONDITIONS[model], None
+    if "masks" in CONDITIONS[model]:
+        if frames is None:
+            raise DiffEchoError(
+                f"the {model} generator needs label maps; name a CAMUS folder with them"
+            )
+        there = frames.classes.numpy()
+        rows = []
+        for index, name in enumerate(camus.CLASS_NAMES):
+            of_class = np.flatnonzero(there == index)
+            if not len(of_class):
+                raise DiffEchoError(f"no label map of class {name} among {len(frames)} frames")
+            rows.append(np.resize(of_class, count))
+        rows = np.concatenate(rows)
+        masks = frames.masks[rows]
+        known = prompts.facts(frames) if wanted else frames.table
+        table = known.iloc[rows].reset_index(drop=True)
+    return table.assign(prompt=prompts.make(table, template) if wanted else ""), masks
+
+
+def write_synthetic(
+    generator,
+    folder,
+    table,
+    masks,
+    steps,
+    *,
+    seed=0,
+    guidance=1.0,
+    facts=None,
+    progress=None,
+    batch=50,
+):
+    """Write one image for each row of `plan`'s table as a synthetic data set; returns its metadata.
+
+    FOLDER/images/*.png (8-bit grey), label_maps/*.png (labels 0-3, where there are any),
+    metadata.csv (`METADATA`, one row an image) and dataset.json (`facts` and the settings). Image i
+    has the seed `seed` + i. Images that are there already are kept, so an interrupted run goes on;
+    metadata.csv is written last. Raises DiffEchoError if FOLDER holds a set of other settings.
+    """
+    folder, n = Path(folder), len(table)
+    names = [f"{i:06d}.png" for i in range(n)]
+    metadata = pd.DataFrame(
+        {
+            "file_name": [f"images/{name}" for name in names],
+            "view": table["view"],
+            "phase": table["phase"],
+            "prompt": table["prompt"],
+            "seed": seed + np.arange(n),
+            "label_map": "" if masks is None else [f"label_maps/{name}" for name in names],
+        },
+        columns=METADATA,
+    )
+    settings = {"model": generator.model, "steps": steps, "seed": seed, "guidance": guidance}
+    settings |= {"planned": _digest(metadata, masks)} | (facts or {})
     described = folder / "dataset.json"
     if described.exists() and json.loads(described.read_text()).get("settings") != settings:
         raise DiffEchoError(
@@ -127,29 +181,27 @@ def write_synthetic(
         )
     (folder / "images").mkdir(parents=True, exist_ok=True)
     results.write_text(described, json.dumps({"settings": settings}, indent=1) + "\n")
-    classes = np.repeat(np.arange(len(camus.CLASSES)), count)
-    table = pd.DataFrame(
-        {
-            "file_name": [f"images/{i:06d}.png" for i in range(len(classes))],
-            "view": [camus.CLASSES[c][0] for c in classes],
-            "phase": [camus.CLASSES[c][1] for c in classes],
-            "prompt": "",
-            "seed": seed + np.arange(len(classes)),
-            "label_map": "",
-        },
-        columns=METADATA,
-    )
-    todo = [i for i, name in enumerate(table["file_name"]) if not (folder / name).exists()]
+    if masks is not None:
+        (folder / "label_maps").mkdir(exist_ok=True)
+        for name, mask in zip(names, masks, strict=True):
+            _save_grey(mask.numpy(), folder / "label_maps" / name)
+    values = {
+        "classes": camus.class_index(table),
+        "prompts": table["prompt"].to_numpy(),
+        "masks": masks,
+    }
+    todo = [i for i, name in enumerate(metadata["file_name"]) if not (folder / name).exists()]
     for first in range(0, len(todo), batch):
         rows = todo[first : first + batch]
-        seeds = table["seed"].to_numpy()[rows]
-        images = sample(generator, seeds, steps, classes=classes[rows], batch=batch)
+        given = {name: values[name][rows] for name in CONDITIONS[generator.model]}
+        seeds = metadata["seed"].to_numpy()[rows]
+        images = sample(generator, seeds, steps, guidance=guidance, batch=batch, **given)
         for row, image in zip(rows, images, strict=True):
-            save_image(image, folder / table["file_name"][row])
+            save_image(image, folder / metadata["file_name"][row])
         if progress:
-            progress(len(table) - len(todo) + first + len(rows), len(table))
-    results.write_text(folder / "metadata.csv", table.to_csv(index=False))
-    return table
+            progress(n - len(todo) + first + len(rows), n)
+    results.write_text(folder / "metadata.csv", metadata.to_csv(index=False))
+    return metadata
 
 
 def read_synthetic(folder, side):
@@ -192,7 +244,18 @@ def read_synthetic(folder, side):
 def save_image(image, path):
     """Write one image (1, H, W) in [-1, 1] as 8-bit grey PNG, beside first, then renamed."""
     pixels = ((image[0].clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu().numpy()
-    path = Path(path)
+    _save_grey(pixels, Path(path))
+
+
+def _save_grey(pixels, path):
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     Image.fromarray(pixels).save(beside, format="PNG")
     os.replace(beside, path)
+
+
+def _digest(metadata, masks):
+    """What fixes the images beside the settings, in short: a set of another plan is another set."""
+    content = hashlib.sha256(metadata.to_csv(index=False).encode())
+    if masks is not None:
+        content.update(masks.numpy().tobytes())
+    return content.hexdigest()[:16]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from diffecho_utils import camus, data, models
+from diffecho_utils import camus, data, models, prompts
 
 
 def test_frames_are_in_range_and_ordered_as_the_table(phantom_root, frames, smoke):
@@ -42,12 +42,12 @@ def test_square_without_spacing_treats_pixels_as_square():
 
 def test_jitter_moves_image_and_label_map_together(frames):
     bright = (frames.masks == 1).float()[:, None] * 2 - 1  # image = the cavity itself
-    generator = torch.Generator().manual_seed(0)
-    images, masks = data.jitter(bright, frames.masks, generator, gain=0, contrast=0)
+    drawn = data.draw_jitter(len(frames), torch.Generator().manual_seed(0))
+    images, masks = data.jitter(bright, frames.masks, drawn, gain=0, contrast=0)
     overlap = ((images[:, 0] > 0) & (masks == 1)).sum() / ((images[:, 0] > 0) | (masks == 1)).sum()
     assert overlap > 0.95
     assert not torch.equal(masks, frames.masks) and masks.max() <= 3
-    same, labels = data.jitter(frames.images, frames.masks, generator, 0, 0, 0, 0, 0)
+    same, labels = data.jitter(frames.images, frames.masks, drawn, 0, 0, 0, 0, 0)
     assert torch.allclose(same, frames.images, atol=1e-5) and torch.equal(labels, frames.masks)
 
 
@@ -77,7 +77,9 @@ def test_latent_views_are_scaled_cached_and_labelled(frames, smoke, tmp_path):
     some = frames.where(frames.table.index < 8)
     views = data.latent_views(vae, some, 2, seed=1, cache_dir=tmp_path, degrees=5)
     assert views["latents"].shape == (16, 4, 8, 8)
-    assert views["class_labels"].tolist() == some.classes.tolist() * 2
+    assert views["masks"].shape == (16, 64, 64)
+    assert torch.equal(views["masks"][:8], some.masks)
+    assert not torch.equal(views["masks"][8:], some.masks)
     with torch.no_grad():
         mean = vae.encode(some.images).latent_dist.mean
     assert torch.allclose(views["latents"][:8], mean * 3, atol=1e-5)
@@ -103,3 +105,11 @@ def test_real_frames_to_128_pixels_and_back_from_the_cache(real_root, tmp_path):
     assert len(frames) == 200 and len(list(tmp_path.glob("frames-*"))) == 1
     shares = [(frames.masks == label).float().mean().item() for label in range(4)]
     np.testing.assert_allclose(shares, [0.756, 0.092, 0.101, 0.051], atol=0.02)
+
+
+def test_prompt_table_numbers_every_wording(frames):
+    texts, ids = data.prompt_table(frames, ("paper", "paper-seg"))
+    assert texts[0] == "" and ids.shape == (40, 6) and ids.min() == 1
+    by_template = prompts.make(frames.table, "paper", 2), prompts.make(frames.table, "paper-seg", 0)
+    for column, wanted in zip((2, 3), by_template, strict=True):
+        assert [texts[i] for i in ids[:, column]] == wanted

@@ -2,52 +2,75 @@
 
 import json
 
+import monai
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DModel
 from safetensors.torch import load_file
 
-from diffecho_utils import DiffEchoError, models, profiles
+from diffecho_utils import DiffEchoError, camus, models, profiles
 
 
 @pytest.fixture
 def saved(smoke, tmp_path):
     torch.manual_seed(0)
-    vae, unet = models.build_autoencoder(smoke), models.build_unet(smoke)
-    models.save_autoencoder(vae, tmp_path / "autoencoder", {"world": "phantom"})
-    models.save_unconditional(unet, tmp_path / "unconditional", tmp_path / "autoencoder", {})
-    return tmp_path, vae, unet
+    vae = models.build_autoencoder(smoke)
+    unets = [models.build_unconditional(smoke) for _ in camus.CLASSES]
+    models.save([("", vae)], tmp_path / "autoencoder", {"world": "phantom"})
+    parts = [*zip(camus.CLASS_NAMES, unets, strict=True), ("scheduler", models.build_scheduler())]
+    training = {"model": "unconditional", "latent_side": 8}
+    needs = {"autoencoder": tmp_path / "autoencoder"}
+    models.save(parts, tmp_path / "unconditional", training, needs)
+    return tmp_path, vae, unets
 
 
 def test_stock_diffusers_loads_the_folders(saved):
-    root, vae, unet = saved
+    root, vae, unets = saved
     stock = AutoencoderKL.from_pretrained(root / "autoencoder", local_files_only=True)
     assert models.count_parameters(stock) == models.count_parameters(vae)
     stored = load_file(root / "autoencoder" / models.WEIGHTS)
     assert all(tensor.dtype == torch.float16 for tensor in stored.values())
-    stock = UNet2DModel.from_pretrained(root / "unconditional" / "unet", local_files_only=True)
-    weights = unet.state_dict()
+    folder = root / "unconditional" / "4CH-ES"
+    stock = UNet2DModel.from_pretrained(folder, local_files_only=True)
+    weights = unets[3].state_dict()
     for name, tensor in stock.state_dict().items():
         torch.testing.assert_close(tensor.float(), weights[name], atol=1e-3, rtol=1e-3)
-    assert next(unet.parameters()).dtype == torch.float32, "saving must not change the model"
+    assert next(unets[3].parameters()).dtype == torch.float32, "saving must not change the model"
+
+
+def test_monai_networks_survive_saving(smoke, tmp_path):
+    for name, build in (
+        ("segmenter", models.build_segmenter),
+        ("classifier", models.build_classifier),
+        ("sdm", models.build_sdm),
+    ):
+        network = build(smoke)
+        models.save([("", network)], tmp_path / name, {})
+        loaded = models.load_network(tmp_path / name)
+        for key, tensor in network.state_dict().items():
+            torch.testing.assert_close(loaded.state_dict()[key], tensor, atol=1e-3, rtol=1e-3)
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        stock = getattr(monai.networks.nets, config.pop("_class_name"))(**config)
+        stock.load_state_dict(load_file(tmp_path / name / models.WEIGHTS))
 
 
 def test_generator_finds_its_autoencoder(saved):
-    root, vae, _ = saved
-    generator = models.load_unconditional(root / "unconditional")
-    assert generator.latent_shape == (4, 8, 8) and not generator.unet.training
+    root, _, _ = saved
+    generator = models.load_generator(root / "unconditional")
+    assert generator.latent_shape == (4, 8, 8) and not generator.denoiser.training
     assert next(generator.vae.parameters()).dtype == torch.float32
-    moved = root / "elsewhere"
-    (root / "autoencoder").rename(moved)
-    with pytest.raises(DiffEchoError, match="no config.json"):
-        models.load_unconditional(root / "unconditional")
+    (root / "autoencoder").rename(root / "elsewhere")
+    with pytest.raises(DiffEchoError, match="autoencoder: missing, and .*unconditional needs"):
+        models.load_generator(root / "unconditional")
+    with pytest.raises(DiffEchoError, match="a checkpoint of None, no generator"):
+        models.load_generator(root / "elsewhere")
 
 
 def test_another_autoencoder_is_refused(saved, smoke):
     root, _, _ = saved
-    models.save_autoencoder(models.build_autoencoder(smoke), root / "autoencoder", {})
+    models.save([("", models.build_autoencoder(smoke))], root / "autoencoder", {})
     with pytest.raises(DiffEchoError, match="SHA-256 differs"):
-        models.load_unconditional(root / "unconditional")
+        models.load_generator(root / "unconditional")
 
 
 def test_damage_is_named(saved):
@@ -70,7 +93,7 @@ def test_damage_is_named(saved):
     with pytest.raises(DiffEchoError, match="half-written"):
         models.load_autoencoder(folder)
     with pytest.raises(DiffEchoError, match="holds a UNet2DModel, expected a AutoencoderKL"):
-        models.load_autoencoder(root / "unconditional" / "unet")
+        models.load_autoencoder(root / "unconditional" / "2CH-ED")
     with pytest.raises(DiffEchoError, match="no config.json"):
         models.load_autoencoder(root)
 
@@ -79,13 +102,24 @@ def test_damage_is_named(saved):
 def test_networks_fit_together(name):
     profile = profiles.get(name)
     with torch.device("meta"):
-        vae, unet = models.build_autoencoder(profile), models.build_unet(profile)
+        vae, unet = models.build_autoencoder(profile), models.build_unconditional(profile)
+        models.build_sdm(profile), models.build_segmenter(profile)
     side = profile.side // models.autoencoder_factor(profile)
     assert vae.config.latent_channels == unet.config.in_channels
-    assert unet.config.sample_size == side and side % 2 ** (len(profile.unet_channels) - 1) == 0
+    for channels in (profile.unconditional_channels, profile.unet_channels, profile.sdm_channels):
+        assert side % 2 ** (len(channels) - 1) == 0
+    assert unet.config.sample_size == side
     assert profile.crop % models.autoencoder_factor(profile) == 0 and profile.crop <= profile.side
 
 
 def test_unknown_profile_names_the_known_ones():
     with pytest.raises(DiffEchoError, match="smoke, cpu, gpu, paper"):
         profiles.get("laptop")
+
+
+def test_label_maps_become_rgb_pictures():
+    masks = torch.tensor([[[0, 1], [2, 3]]], dtype=torch.uint8)
+    expected = torch.tensor([[[[0, 1], [0, 0]], [[0, 0], [1, 0]], [[0, 0], [0, 1]]]]).float()
+    assert torch.equal(models.control_image(masks), expected)
+    with pytest.raises(DiffEchoError, match=r"labels \[0, 85, 170, 255\]"):
+        models.control_image(masks * 85)

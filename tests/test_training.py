@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from diffecho_utils import DiffEchoError, models, training
+from diffecho_utils import DiffEchoError, camus, data, models, sampling, training
 from diffecho_utils.profiles import Recipe
 
 RECIPE = Recipe(steps=6, batch=4, learning_rate=1e-3, warmup=2, ema=0.9, save_every=2)
@@ -17,16 +17,14 @@ RECIPE = Recipe(steps=6, batch=4, learning_rate=1e-3, warmup=2, ema=0.9, save_ev
 
 def diffusion(smoke, seed=0):
     torch.manual_seed(seed)
-    return training.DiffusionObjective(models.build_unet(smoke), models.build_scheduler())
+    denoiser = models.Unconditional([models.build_unconditional(smoke)])
+    return training.DiffusionObjective(denoiser, models.build_scheduler())
 
 
 @pytest.fixture(scope="module")
 def latents():
     generator = torch.Generator().manual_seed(1)
-    return {
-        "latents": torch.randn(10, 4, 8, 8, generator=generator),
-        "class_labels": torch.arange(10) % 4,
-    }
+    return {"latents": torch.randn(10, 4, 8, 8, generator=generator)}
 
 
 def weights(objective):
@@ -91,7 +89,8 @@ from diffecho_utils import models, profiles, training
 from diffecho_utils.profiles import Recipe
 torch.set_num_threads(1)
 torch.manual_seed(0)
-objective = training.DiffusionObjective(models.build_unet(profiles.get("smoke")), models.build_scheduler())
+denoiser = models.Unconditional([models.build_unconditional(profiles.get("smoke"))])
+objective = training.DiffusionObjective(denoiser, models.build_scheduler())
 recipe = Recipe(steps=6, batch=int(sys.argv[2]), learning_rate=1e-3, warmup=2, ema=0.9)
 training.fit(objective, load_file(sys.argv[1]), recipe, None, progress=str)
 from accelerate import PartialState
@@ -159,7 +158,7 @@ def test_unusable_states_are_named(smoke, latents, tmp_path):
     with pytest.raises(DiffEchoError, match=r"another \['learning_rate'\]"):
         resume(diffusion(smoke), replace(RECIPE, learning_rate=1.0))
     with pytest.raises(DiffEchoError, match="another architecture"):
-        resume(diffusion(replace(smoke, unet_channels=(32, 32))))
+        resume(diffusion(replace(smoke, unconditional_channels=(32, 32))))
     path = tmp_path / "s" / "state.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(DiffEchoError, match="half-written or damaged"):
@@ -187,17 +186,112 @@ def test_learning_rate_schedules():
     assert training.learning_rate(99, replace(recipe, schedule="constant")) == 1.0
 
 
-def test_whole_training_of_both_networks(smoke, frames, tmp_path):
-    training.train_autoencoder(frames, smoke, tmp_path / "ae", progress=str)
-    vae = models.load_autoencoder(tmp_path / "ae")
-    from diffecho_utils import data
+@pytest.fixture(scope="module")
+def trained(smoke, frames, tmp_path_factory):
+    """Every model of the engine, trained for a moment on the phantom: {model: folder}."""
+    root = tmp_path_factory.mktemp("trained")
+    folders = {model: root / model for model in training.MODELS}
+    for model, needs in training.MODELS.items():
+        built_on = {name: folders[name] for name in needs}
+        training.train(model, frames, smoke, folders[model], needs=built_on, progress=str)
+    return folders
 
+
+def test_every_model_trains_and_says_how(trained, frames):
+    vae = models.load_autoencoder(trained["autoencoder"])
     assert data.encode(vae, frames.images).std().item() == pytest.approx(1, rel=0.05)
-    log = training.train_unconditional(frames, tmp_path / "ae", smoke, tmp_path / "u", progress=str)
-    assert len(log) and models.load_unconditional(tmp_path / "u").latent_shape == (4, 8, 8)
-    facts = models.read_training(tmp_path / "u")
-    assert facts["world"] == "phantom" and facts["frames"] == 40 and facts["log"]["unconditional"]
+    for model, folder in trained.items():
+        facts = models.read_training(folder)
+        assert facts["model"] == model and facts["world"] == "phantom" and facts["frames"] == 40
+        assert set(facts["needs"]) == set(training.MODELS[model])
+        assert all(rows[-1]["step"] == 4 for rows in facts["log"].values())
+    assert set(models.read_training(trained["unconditional"])["recipes"]) == set(camus.CLASS_NAMES)
+
+
+@pytest.mark.parametrize("model", models.GENERATORS)
+def test_every_generator_samples_what_it_is_told(trained, frames, model):
+    generator = models.load_generator(trained[model])
+    assert generator.latent_shape == (4, 8, 8) and not generator.denoiser.training
+    table, masks = sampling.plan(model, 1, frames)
+    given = {"classes": range(4), "prompts": table["prompt"].tolist(), "masks": masks}
+    given = {name: given[name] for name in sampling.CONDITIONS[model]}
+    guidance = 1 if model == "unconditional" else 2
+    images = sampling.sample(generator, range(4), 3, guidance=guidance, **given)
+    alone = {name: values[2:3] for name, values in given.items()}
+    alone = sampling.sample(generator, [2], 3, guidance=guidance, **alone)
+    assert images.shape == (4, 1, 64, 64)
+    torch.testing.assert_close(images[2:3], alone, atol=1e-4, rtol=0)
+
+
+def test_text_model_stays_frozen_under_its_controlnet(trained):
+    text, both = (models.load_generator(trained[name]) for name in ("text", "text-seg"))
+    for name, tensor in text.denoiser.unet.state_dict().items():
+        assert torch.equal(tensor, both.denoiser.unet.state_dict()[name]), name
+    moved = both.denoiser.controlnet.controlnet_mid_block.weight.abs().max()
+    assert moved > 0, "the zero convolutions have learned nothing"
+
+
+def test_conditions_are_dropped_for_guidance(smoke):
+    """With dropout 1 the denoiser sees the null prompt and the empty label map, whatever it is given."""
+
+    class Recorder(torch.nn.Module):
+        def forward(self, noisy, timesteps, **given):
+            self.given = given
+            return noisy
+
+    batch = {"latents": torch.randn(3, 4, 8, 8), "prompts": torch.tensor([[1, 2]] * 3)}
+    states = torch.arange(3.0).view(3, 1, 1)
+    for dropout, rows in ((1.0, {0.0}), (0.0, {1.0, 2.0})):
+        recorder = Recorder()
+        objective = training.DiffusionObjective(recorder, models.build_scheduler(), states, dropout)
+        drawn = objective.draw(batch, torch.Generator().manual_seed(0))
+        objective(**batch, **drawn)
+        assert set(recorder.given["text"].flatten().tolist()) <= rows
+    masks = {"latents": batch["latents"], "masks": torch.ones(3, 64, 64, dtype=torch.uint8)}
+    objective = training.DiffusionObjective(recorder, models.build_scheduler(), dropout=1.0)
+    objective(**masks, **objective.draw(masks, torch.Generator().manual_seed(0)))
+    assert recorder.given["unlabelled"].all()
+
+
+def test_min_snr_weighs_as_published(smoke):
+    """Hang et al. 2023: min(SNR, gamma) / (SNR + 1) for v-prediction, here at a single timestep."""
+    scheduler = models.build_scheduler()
+    torch.manual_seed(0)
+    unet = models.Unconditional([models.build_unconditional(smoke)])
+    latents, noise = torch.randn(2, 2, 4, 8, 8).unbind(0)
+    for t in (10, 500, 990):
+        drawn = dict(noise=noise, timesteps=torch.full((2,), t), dropped=torch.zeros(2, dtype=bool))
+        plain, _ = training.DiffusionObjective(unet, scheduler)(latents, **drawn)
+        weighted, _ = training.DiffusionObjective(unet, scheduler, snr_gamma=5.0)(latents, **drawn)
+        alpha_bar = scheduler.alphas_cumprod[t]
+        snr = alpha_bar / (1 - alpha_bar)
+        torch.testing.assert_close(weighted / plain, snr.clamp(max=5.0) / (snr + 1))
+
+
+def test_missing_and_foreign_parts_are_named(smoke, frames, trained, tmp_path):
+    with pytest.raises(DiffEchoError, match="no model 'gan'; train one of autoencoder, clip"):
+        training.train("gan", frames, smoke, tmp_path)
+    with pytest.raises(DiffEchoError, match=r"text builds on \['clip'\]"):
+        needs = {"autoencoder": trained["autoencoder"]}
+        training.train("text", frames, smoke, tmp_path, needs=needs)
     with pytest.raises(DiffEchoError, match="train an autoencoder with this profile"):
-        training.train_unconditional(
-            frames, tmp_path / "ae", replace(smoke, latent_channels=8), tmp_path / "v", progress=str
-        )
+        other = replace(smoke, latent_channels=8)
+        training.train("unconditional", frames, other, tmp_path, needs=needs, progress=str)
+    with pytest.raises(DiffEchoError, match="weights fit this network"):
+        training.train("clip", frames, smoke, tmp_path, start=trained["classifier"], progress=str)
+
+
+def test_start_and_minutes(smoke, frames, trained, tmp_path):
+    """Fine-tuning begins at the checkpoint's loss; a time budget becomes a number of steps."""
+    before = models.load_network(trained["segmenter"]).state_dict()
+    frozen = replace(smoke, segmentation=replace(smoke.segmentation, learning_rate=0.0))
+    training.train(
+        "segmenter", frames, frozen, tmp_path / "a", start=trained["segmenter"], progress=str
+    )
+    after = models.load_network(tmp_path / "a").state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert models.read_training(tmp_path / "a")["started_from"]["model"] == "segmenter"
+    said = []
+    training.train("segmenter", frames, smoke, tmp_path / "b", minutes=0.05, progress=said.append)
+    steps = models.read_training(tmp_path / "b")["recipes"]["segmenter"]["steps"]
+    assert said[0] == f"segmenter: {steps} steps fit in 0.05 minutes" and steps != 4
