@@ -40,6 +40,7 @@ from diffecho_utils import (
 
 SIDE = 128
 BINS = 32  # of the grey values 0 to 255
+TABLE = ("patient", "view", "phase", "split")  # what `pack` keeps of the table
 COMMON = ("version", "patients")  # of the phantom: the same in all parts of a record
 WINDOW = 4  # pixels: sd of the Gaussian that separates speckle from what varies slowly
 
@@ -57,7 +58,7 @@ def main():
             command.add_argument("--patients", type=int, default=120, help="of the phantom")
         if stage is segment:
             command.add_argument("--settings", nargs="*", default=list(settings()))
-            command.add_argument("--seeds", type=int, default=3)
+            command.add_argument("--seeds", type=int, default=2)
             command.add_argument("--steps", type=int, help="instead of the recipe's")
             command.add_argument("--workers", type=int, default=5, help="trainings at a time")
     options = parser.parse_args()
@@ -137,6 +138,10 @@ def segment(options):
 
 def collect(options):
     """merge what `measure` and `segment` left in DIR to the record of the book"""
+    if not (options.out / "measure.json").exists() or not list(options.out.glob("run-*.json")):
+        raise DiffEchoError(
+            f"{options.out}: `measure` and `segment` have not both left results here"
+        )
     measured = json.loads((options.out / "measure.json").read_text())
     runs = [json.loads(path.read_text()) for path in sorted(options.out.glob("run-*.json"))]
     common = [{key: part["values"][key] for key in COMMON} for part in (measured, *runs)]
@@ -149,15 +154,9 @@ def collect(options):
             dice = np.array([run["dice"] for run in of_name])
             segmenter[name] = {
                 "seeds": [run["seed"] for run in of_name],
-                "dice": dict(zip(downstream.STRUCTURES, dice.mean(0), strict=True)),
-                "sd_over_seeds": dict(zip(downstream.STRUCTURES, dice.std(0), strict=True)),
-                "sd_over_patients": dict(
-                    zip(
-                        downstream.STRUCTURES,
-                        np.mean([run["sd"] for run in of_name], 0),
-                        strict=True,
-                    )
-                ),
+                "dice": by_structure(dice.mean(0)),
+                "sd_over_seeds": by_structure(dice.std(0)),
+                "sd_over_patients": by_structure(np.mean([run["sd"] for run in of_name], 0)),
                 "by_class": np.mean([run["by_class"] for run in of_name], 0),
             }
     recipe = {key: runs[0]["values"][key] for key in ("steps", "batch")}
@@ -183,9 +182,11 @@ def collect(options):
     print(table.round(3).to_string(), f"\n{path}", sep="")
 
 
-# --- frames ---------------------------------------------------------------------------------------
+def by_structure(values):
+    return dict(zip(downstream.STRUCTURES, values, strict=True))
 
-TABLE = ("patient", "view", "phase", "split")
+
+# --- frames ---------------------------------------------------------------------------------------
 
 
 def real_frames(source):
