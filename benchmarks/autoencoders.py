@@ -4,8 +4,8 @@
 
 DIR: checkpoints that `train autoencoder --latent-channels C` wrote, after the first stage alone and after
 both. All are measured on the validation patients of ROOT, with the shipped segmenter as the reader; the
-numbers go to data/results/camus/cpu/autoencoders.json. Beside them lie the reconstructions of one
-phantom patient as autoencoders.safetensors, because no frame of CAMUS may: chapter 02 shows both.
+numbers go to data/results/camus/cpu/autoencoders.json. Beside them lie its reconstructions of one
+phantom frame as autoencoders.safetensors, because no frame of CAMUS may: chapter 02 shows both.
 """
 
 import argparse
@@ -37,7 +37,7 @@ def main():
     real = held_out(options.data, profile)
     simulated = assets.workspace() / f"phantom-{profile.name}"
     phantom.ensure(simulated, patients=profile.phantom_patients, seed=profile.phantom_seed)
-    simulated = held_out(simulated, profile, patients=1).images
+    simulated = held_out(simulated, profile, patients=1).images[:1]
     segmenter = models.load_network(assets.checkpoint("camus", "segmenter"))
 
     rows = {"original": measure(real.images, real, segmenter)}

@@ -1,0 +1,46 @@
+"""The picture on the book's first page: phantom frames, and what each shipped generator draws.
+
+    python benchmarks/gallery.py      (writes book/images/gallery.png, half a minute on one core)
+
+Two phantom patients in the four classes; below, a row for each generator in data/checkpoints/camus,
+seeds 0 to 7 from left to right, never chosen. A generator that reads prompts or label maps is given
+those of the phantom frame on top of its column.
+"""
+
+import torch
+
+from diffecho_utils import assets, camus, data, models, phantom, plots, profiles, prompts, sampling
+
+GENERATORS = {"unconditional": "class", "text": "text", "text-seg": "text + labels", "sdm": "SDM"}
+
+
+def main():
+    profile = profiles.get("cpu")
+    root = assets.workspace() / f"phantom-{profile.name}"
+    phantom.ensure(root, patients=profile.phantom_patients, seed=profile.phantom_seed)
+    rows = camus.select(camus.read_table(root), "validation", patients=2)
+    rows = rows.sort_values(["view", "phase", "patient"])
+    frames = data.load_frames(rows, profile.side)
+    given = {
+        "classes": frames.classes,
+        "prompts": prompts.make(prompts.facts(frames)),
+        "masks": frames.masks,
+    }
+    pictures = [frames.images]
+    titles = [f"{camus.CLASS_NAMES[c]}, phantom" for c in frames.classes]
+    for model, name in GENERATORS.items():
+        folder = assets.root() / "data" / "checkpoints" / "camus" / model
+        if folder.is_dir():
+            conditions = {key: given[key] for key in sampling.CONDITIONS[model]}
+            seeds = range(len(frames))
+            generator = models.load_generator(folder)
+            pictures.append(sampling.sample(generator, seeds, profile.sampling_steps, **conditions))
+            titles += [f"{name}, seed {seed}" for seed in seeds]
+    empty = torch.zeros(sum(map(len, pictures[1:])), *frames.masks.shape[1:])
+    masks = torch.cat([frames.masks, empty])
+    figure = plots.frames(torch.cat(pictures), titles, masks=masks, columns=len(frames), width=1.3)
+    figure.savefig(assets.root() / "book" / "images" / "gallery.png", dpi=100)
+
+
+if __name__ == "__main__":
+    main()
