@@ -4,7 +4,7 @@
 
 DIR: checkpoints that `train autoencoder --latent-channels C` wrote, after the first stage alone and after
 both. All are measured on the validation patients of ROOT, with the shipped segmenter as the reader; the
-numbers go to data/results/camus/cpu/autoencoders.json. Beside them lie its reconstructions of one
+numbers go to data/results/camus/cpu/autoencoders.json. Beside them lie the reconstructions of one
 phantom frame as autoencoders.safetensors, because no frame of CAMUS may: chapter 02 shows both.
 """
 
