@@ -11,7 +11,7 @@ import torch
 
 from diffecho_utils import assets, camus, data, models, phantom, plots, profiles, prompts, sampling
 
-GENERATORS = {"unconditional": "class", "text": "text", "text-seg": "text + labels", "sdm": "SDM"}
+GENERATORS = {"unconditional": "class", "text": "text", "text-seg": "text + map", "sdm": "SDM"}
 
 
 def main():
