@@ -12,8 +12,9 @@ def main(arguments=None):
     """Run one command; returns the exit status: 0 done, 1 bad input (said in a line), 130 interrupted."""
     options = _parser().parse_args(arguments)
     try:
-        if getattr(options, "data", None):
-            options.data = _official(options.data)
+        for name in ("data", "masks"):
+            if getattr(options, name, None):
+                setattr(options, name, _official(getattr(options, name)))
         return options.run(options) or 0
     except DiffEchoError as error:
         print(f"error: {error}", file=sys.stderr)
