@@ -8,11 +8,12 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
 INSTALLED := .venv/.installed
 
-.PHONY: help book test lab check clean distclean
+.PHONY: help book test bench lab check clean distclean
 
 help:
 	@echo "make book       execute the chapters and build the pages (DATA=folder, PROFILE=smoke|cpu|gpu|paper)"
 	@echo "make test       run the tests"
+	@echo "make bench      time the phantom and the training loop against the usual shape"
 	@echo "make lab        open the chapters in JupyterLab"
 	@echo "make check      ruff: format and lint"
 	@echo "make clean      remove what was built; make distclean removes .venv too"
@@ -22,6 +23,10 @@ book: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
+
+bench: $(INSTALLED)
+	$(BIN)/python benchmarks/phantom_speed.py
+	$(BIN)/python benchmarks/training_speed.py
 
 lab: $(INSTALLED)
 	$(BIN)/jupyter lab notebooks
