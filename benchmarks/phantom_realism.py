@@ -54,6 +54,8 @@ def main():
         command.add_argument("--out", type=Path, required=True)
         if stage is not collect:
             command.add_argument("--real", type=Path, required=True, help="CAMUS folder, or `pack`")
+        if stage is collect:
+            command.add_argument("--record", default="phantom_realism", help="name of the record")
         if stage in (measure, segment):
             command.add_argument("--patients", type=int, default=120, help="of the phantom")
         if stage is segment:
@@ -170,7 +172,7 @@ def collect(options):
     }
     path = results.save(
         assets.root() / "data" / "results" / "camus" / "cpu",
-        "phantom_realism",
+        options.record,
         values,
         world="camus",
         profile="cpu",
