@@ -20,7 +20,8 @@ def main():
     phantom.ensure(root, patients=profile.phantom_patients, seed=profile.phantom_seed)
     rows = camus.select(camus.read_table(root), "validation", patients=2)
     rows = rows.sort_values(["view", "phase", "patient"])
-    frames = data.load_frames(rows, profile.side)
+    # Stretched to a square, as the frames were that the generators learned from.
+    frames = data.load_frames(rows, profile.side, keep_aspect=False)
     given = {
         "classes": frames.classes,
         "prompts": prompts.make(prompts.facts(frames)),
