@@ -349,4 +349,4 @@ def test_requirements_are_pinned_and_cover_the_package():
     pinned = {pin.split("==")[0].lower().replace("_", "-") for pin in pins}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wanted = project["dependencies"] + sum(project["optional-dependencies"].values(), [])
-    assert {re.split("[<>=]", line)[0] for line in wanted} <= pinned
+    assert {re.split("[<>=]", line)[0].lower() for line in wanted} <= pinned
