@@ -337,7 +337,7 @@ def _parser():
     sub.add_argument("--masks", type=Path, metavar="ROOT", help="a CAMUS folder: its label maps")
     sub.add_argument("--split", default="training", choices=camus.SPLITS, help="of the label maps")
     sub.add_argument(
-        "--template", default="paper", help="of the prompts: paper, paper-seg, clinical"
+        "--template", default="paper", choices=prompts.TEMPLATES, help="of the prompts"
     )
     sub.add_argument(
         "--guidance", type=float, default=1.0, help="weight of the condition; 1: as is"

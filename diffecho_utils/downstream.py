@@ -1,7 +1,7 @@
 """Do the images serve? Segmentation and classification networks, trained and scored.
 
-Chapters 05, 07 to 10, and the phantom's measurement. `train_segmenter` and `train_classifier` call the
-one training loop (`training.fit`), so runs resume and are functions of their seed.
+Chapters 02 to 06, and the phantom's measurement. `train_segmenter` calls the one training loop
+(`training.fit`), so a run resumes and is a function of its seed.
 """
 
 import numpy as np
@@ -27,25 +27,6 @@ def train_segmenter(
         training.SegmentationObjective(network, **amounts),
         tensors,
         recipe or profile.segmentation,
-        state,
-        resume=resume,
-        seed=seed,
-        progress=progress,
-    )
-    return network.eval(), log
-
-
-def train_classifier(
-    frames, profile, *, seed=0, state=None, resume=False, progress=print, recipe=None, **amounts
-):
-    """A small MONAI ResNet that tells the four classes apart: (network in evaluation mode, log)."""
-    torch.manual_seed(seed)
-    network = models.build_classifier(profile)
-    tensors = {"images": frames.images, "masks": frames.masks, "labels": frames.classes}
-    log = training.fit(
-        training.ClassificationObjective(network, **amounts),
-        tensors,
-        recipe or profile.classification,
         state,
         resume=resume,
         seed=seed,

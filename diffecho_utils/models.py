@@ -3,7 +3,7 @@
 Chapters 02 to 06. Everything here is a stock class of diffusers, transformers or MONAI, so
 `AutoencoderKL.from_pretrained(folder)` and its like load the same folders without this package.
 
-The four denoisers at the end are all that differs between the four generators: each takes noisy
+The four denoisers below are all that differs between the four generators: each takes noisy
 latents, timesteps and its own conditions, and training and sampling call them alike.
 """
 
@@ -380,9 +380,9 @@ class Generator:
 def save(parts, folder, training, needs=None):
     """Write a checkpoint: `parts`, pairs of a subfolder and a network, scheduler or tokenizer.
 
-    Networks are kept in half precision; "" is the folder itself; `training` becomes training.json. `needs` {name: checkpoint folder} are
-    the checkpoints it was trained with: their relative paths and the SHA-256 of their weights are
-    kept there too. Written beside and renamed, so an earlier checkpoint stays whole until then.
+    Networks are kept in half precision; "" is the folder itself; `training` becomes training.json.
+    `needs` {name: checkpoint folder} are the checkpoints it was trained with: their relative paths
+    and the SHA-256 of their weights are kept there too. Written beside and renamed, so an earlier checkpoint stays whole until then.
     """
     references = {
         name: {
@@ -418,12 +418,21 @@ def load_network(folder):
 
 
 def take_weights(network, folder):
-    """Copy a checkpoint's weights into `network` wherever name and shape agree; refuse if few do."""
+    """Copy a checkpoint's weights into `network` wherever name and shape agree; refuse if few do.
+
+    What is frozen in `network`, as the text model under its ControlNet, stays as it is.
+    """
     stored = {}
     for path in Path(folder).glob("**/*.safetensors"):
         stored |= load_file(path)
-    wanted = network.state_dict()
-    prefixes = ("", "unet.", "controlnet.")  # a denoiser wraps the network that was saved
+    frozen = {name for name, p in network.named_parameters() if not p.requires_grad}
+    wanted = {name: t for name, t in network.state_dict().items() if name not in frozen}
+    prefixes = (
+        "",
+        "unet.",
+        "unets.0.",
+        "controlnet.",
+    )  # a denoiser wraps the network that was saved
     taken = {
         prefix + name: tensor.float()
         for prefix in prefixes

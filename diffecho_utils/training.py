@@ -23,6 +23,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator, PartialState
+from accelerate.utils import broadcast_object_list
 from diffusers.training_utils import EMAModel
 from monai.losses import DiceCELoss, JukeboxLoss
 from safetensors import SafetensorError
@@ -281,9 +282,10 @@ def train(
 
     minutes: as many steps as fit, by the speed of the first ones, instead of the recipe's; for a
     model of several stages, of each. start: a checkpoint to go on from, as fine-tuning does: its
-    weights that have the name and the shape of this model's; default: random weights. needs: {name: folder} of the checkpoints it builds on: "autoencoder" (unconditional, text, sdm),
-    "clip" (text), "text" (text-seg, which takes the autoencoder and CLIP from there). `settings` go
-    to the objective. Returns the log, a DataFrame with a row every few steps and the column stage.
+    weights that have the name and the shape of this model's; default: random weights. needs: {name:
+    folder} of the checkpoints it builds on: "autoencoder" (unconditional, text, sdm), "clip" (text),
+    "text" (text-seg, which takes the autoencoder and CLIP from there). `settings` go to the
+    objective. Returns the log, a DataFrame with a row every few steps and the column stage.
     """
     if model not in MODELS:
         raise DiffEchoError(f"no model {model!r}; train one of {', '.join(MODELS)}")
@@ -294,15 +296,19 @@ def train(
             f"{model} builds on {missing}; train these first, and pass their folders"
         )
     torch.manual_seed(seed)
-    logs, recipes = [], {}
+    logs, recipes, begun = [], {}, set()
 
     def stage(name, objective, tensors, recipe):
         """Run one training of which `model` may need several, resumable on its own."""
         state = folder / "state" / name
-        if start is not None and not resume:
-            models.take_weights(objective.network, start)
+        if start is not None and not resume and objective.network not in begun:
+            part = Path(start) / name  # one of several networks, or the only one
+            models.take_weights(objective.network, part if part.is_dir() else start)
+        begun.add(objective.network)  # a later stage goes on with it
         if minutes is not None:
-            recipe = replace(recipe, steps=_steps_within(minutes, objective, tensors, recipe))
+            known = _saved_steps(state) if resume else None
+            steps = known or _steps_within(minutes, objective, tensors, recipe)
+            recipe = replace(recipe, steps=broadcast_object_list([steps])[0])
             progress(f"{name}: {recipe.steps} steps fit in {minutes:g} minutes")
         log = fit(objective, tensors, recipe, state, resume=resume, progress=progress, seed=seed)
         objective.cpu()
@@ -352,6 +358,12 @@ def _steps_within(minutes, objective, tensors, recipe, probe=30):
         fit(copied, tensors, replace(recipe, steps=steps, warmup=1), None, progress=lambda _: None)
         seconds.append(time.monotonic() - started)
     return max(1, int(0.9 * (60 * minutes - sum(seconds)) / (seconds[1] / probe)))
+
+
+def _saved_steps(state):
+    """Steps of the recipe whose state lies in the folder `state`; None where there is none."""
+    path = Path(state) / "state.json"
+    return json.loads(path.read_text())["recipe"]["steps"] if path.exists() else None
 
 
 def _autoencoder(frames, profile, stage, settings):

@@ -291,7 +291,38 @@ def test_start_and_minutes(smoke, frames, trained, tmp_path):
     after = models.load_network(tmp_path / "a").state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert models.read_training(tmp_path / "a")["started_from"]["model"] == "segmenter"
+    text = {"text": trained["text"]}
+    frozen = replace(smoke, text_seg=replace(smoke.text_seg, learning_rate=0.0))
+    start = {"needs": text, "start": trained["text-seg"], "progress": str}
+    training.train("text-seg", frames, frozen, tmp_path / "c", **start)
+    before, after = (models.load_generator(f) for f in (trained["text-seg"], tmp_path / "c"))
+    after = after.denoiser.state_dict()
+    assert all(torch.equal(t, after[name]) for name, t in before.denoiser.state_dict().items())
     said = []
     training.train("segmenter", frames, smoke, tmp_path / "b", minutes=0.05, progress=said.append)
     steps = models.read_training(tmp_path / "b")["recipes"]["segmenter"]["steps"]
     assert said[0] == f"segmenter: {steps} steps fit in 0.05 minutes" and steps != 4
+    again = {"minutes": 5.0, "resume": True, "progress": said.append}
+    training.train("segmenter", frames, smoke, tmp_path / "b", **again)
+    assert said[-1] == f"resumed at step {steps} of {steps}", "a resumed run keeps its steps"
+
+
+def test_start_counts_for_each_network_once(smoke, frames, trained, tmp_path):
+    """A later stage goes on from the earlier one; each class's network starts from its own."""
+    still = replace(smoke.texture, learning_rate=0.0)
+    moving = replace(smoke, texture=still, autoencoder=replace(smoke.autoencoder, steps=8))
+    training.train(
+        "autoencoder", frames, moving, tmp_path / "a", start=trained["autoencoder"], progress=str
+    )
+    before, after = (models.load_autoencoder(f) for f in (trained["autoencoder"], tmp_path / "a"))
+    moved = (
+        after.state_dict()["decoder.conv_in.weight"] - before.state_dict()["decoder.conv_in.weight"]
+    )
+    assert moved.abs().max() > 0, "the second stage has thrown the first one away"
+    frozen = replace(smoke, unconditional=replace(smoke.unconditional, learning_rate=0.0))
+    needs = {"autoencoder": trained["autoencoder"]}
+    start = {"needs": needs, "start": trained["unconditional"], "progress": str}
+    training.train("unconditional", frames, frozen, tmp_path / "u", **start)
+    before, after = (models.load_generator(f) for f in (trained["unconditional"], tmp_path / "u"))
+    after = after.denoiser.state_dict()
+    assert all(torch.equal(t, after[name]) for name, t in before.denoiser.state_dict().items())
