@@ -7,6 +7,9 @@ from pathlib import Path
 
 from diffecho_utils import DiffEchoError, camus, prompts
 
+# Rows of a recipe (profiles.Recipe) that `train` can change.
+_RECIPE = ("batch", "accumulation", "learning_rate", "ema", "prediction", "snr_gamma")
+
 
 def main(arguments=None):
     """Run one command; returns the exit status: 0 done, 1 bad input (said in a line), 130 interrupted."""
@@ -102,7 +105,7 @@ def train_command(options):
         profile = replace(profile, latent_channels=options.latent_channels)
     if options.views:
         profile = replace(profile, jittered_views=options.views)
-    changed = {name: getattr(options, name) for name in ("batch", "learning_rate", "ema")}
+    changed = {name: getattr(options, name) for name in _RECIPE}
     profile = profiles.adapt(profile, options.model, steps=options.steps, **changed)
     table = camus.select(
         camus.read_table(options.data), split=options.split, patients=profile.patients
@@ -111,7 +114,7 @@ def train_command(options):
     frames = data.load_frames(table, profile.side, cache_dir=cache)
     needs = {
         name: getattr(options, name) or assets.checkpoint(table.attrs["world"], name)
-        for name in training.MODELS[options.model]
+        for name in training.builds_on(options.model, profile)
     }
     training.train(
         options.model,
@@ -134,7 +137,7 @@ def _train_line(options):
     """The command again, without paths, for the record."""
     line = f"python -m diffecho_utils train {options.model} --profile {options.profile}"
     line += f" --seed {options.seed}"
-    for name in ("latent_channels", "views", "steps", "batch", "learning_rate", "ema", "minutes"):
+    for name in ("latent_channels", "views", "steps", *_RECIPE, "minutes"):
         value = getattr(options, name)
         if value is not None:
             values = value if isinstance(value, list) else [value]
@@ -316,8 +319,11 @@ def _parser():
         "--steps", type=int, nargs="+", help="one number a stage; default: the profile's"
     )
     sub.add_argument("--batch", type=int)
+    sub.add_argument("--accumulation", type=int, help="batches to a step of the optimiser")
     sub.add_argument("--learning-rate", type=float)
     sub.add_argument("--ema", type=float, help="decay of the averaged weights")
+    sub.add_argument("--prediction", choices=("v_prediction", "epsilon"))
+    sub.add_argument("--snr-gamma", type=float, help="min-SNR weights of the timesteps, usually 5")
     sub.add_argument("--minutes", type=float, help="as many steps as fit in this time, a stage")
     sub.add_argument(
         "--start", type=Path, metavar="DIR", help="go on from this checkpoint's weights"

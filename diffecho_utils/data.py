@@ -128,10 +128,17 @@ def jitter(images, masks, drawn, degrees=8.0, shift=0.05, zoom=0.1, gain=0.15, c
 
 @torch.no_grad()
 def encode(vae, images, batch=64):
-    """Latents of images, scaled to unit variance: (N, 1, H, W) -> (N, C, H/f, W/f) float32 on the CPU."""
-    device = next(vae.parameters()).device
+    """Latents of images, scaled to unit variance: (N, 1, H, W) -> (N, C, H/f, W/f) float32 on the CPU.
+
+    Without an autoencoder (None) the images themselves, for diffusion in pixels; `decode` alike.
+    """
+    if vae is None:
+        return images
+    device, faster = next(vae.parameters()).device, torch.channels_last
+    vae = vae.to(memory_format=faster)
     parts = [
-        vae.encode(part.to(device)).latent_dist.mean.float().cpu() for part in images.split(batch)
+        vae.encode(part.to(device, memory_format=faster)).latent_dist.mean.float().cpu()
+        for part in images.split(batch)
     ]
     return torch.cat(parts) * vae.config.scaling_factor
 
@@ -139,6 +146,8 @@ def encode(vae, images, batch=64):
 @torch.no_grad()
 def decode(vae, latents, batch=64):
     """Images of latents, in [-1, 1]: (N, C, h, w) -> (N, 1, H, W) float32 on the CPU."""
+    if vae is None:
+        return latents.float().cpu().clamp(-1, 1)
     device = next(vae.parameters()).device
     parts = (latents / vae.config.scaling_factor).split(batch)
     return torch.cat([vae.decode(part.to(device)).sample.float().cpu() for part in parts]).clamp(
@@ -153,7 +162,7 @@ def latent_views(vae, frames, views=1, seed=0, cache_dir=None, **amounts):
     Cached in `cache_dir` under the frames, the autoencoder's weights and the settings.
     """
     weights = hashlib.sha256()
-    for tensor in vae.state_dict().values():
+    for tensor in vae.state_dict().values() if vae is not None else ():
         weights.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     content = hashlib.sha256(frames.images.numpy())
     content.update(frames.masks.numpy())

@@ -94,6 +94,15 @@ def latent_features(latents, grid=4):
     return F.adaptive_avg_pool2d(latents, grid).flatten(1).double().numpy()
 
 
+def nearest(a, b):
+    """Distance of each row of `a` from the nearest row of `b`, root mean square: (N, ...), (M, ...) -> (N,).
+
+    Generated frames that lie closer to the training frames than held-out real ones do are copies.
+    """
+    a, b = (torch.as_tensor(x).flatten(1).double() for x in (a, b))
+    return (torch.cdist(a, b).min(1).values / a.shape[1] ** 0.5).numpy()
+
+
 def frechet_distance(a, b):
     """Frechet distance of the Gaussians fitted to two sets of features, (N, D) and (M, D).
 

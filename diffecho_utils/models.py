@@ -84,9 +84,25 @@ def build_discriminator(channels=(32, 64, 96)):
 
 
 def build_unconditional(profile):
-    """UNet2DModel on latents that is told the timestep only: one for each of the four classes."""
-    channels = profile.unconditional_channels
-    attention = len(channels) - 1  # every level but the first
+    """UNet2DModel that is told the timestep only: one for each of the four classes.
+
+    On latents, with attention at every level but the first; on pixels where the profile says so
+    (paper), with attention at the last but one.
+    """
+    channels, pixels = profile.unconditional_channels, profile.unconditional_pixels
+    if pixels:
+        kinds = ["DownBlock2D"] * len(channels)
+        kinds[-2] = "AttnDownBlock2D"
+        return UNet2DModel(
+            sample_size=pixels,
+            in_channels=1,
+            out_channels=1,
+            block_out_channels=channels,
+            down_block_types=kinds,
+            up_block_types=[kind.replace("Down", "Up") for kind in reversed(kinds)],
+            norm_num_groups=16,
+        )
+    attention = len(channels) - 1
     return UNet2DModel(
         sample_size=profile.side // autoencoder_factor(profile),
         in_channels=profile.latent_channels,
@@ -127,10 +143,11 @@ def build_controlnet(unet):
     """ControlNetModel: a trainable copy of the text model's encoder, joined by zero convolutions.
 
     The control image has three channels, red the LV cavity, green the myocardium, blue the atrium,
-    so that stock pipelines take a label map as an RGB picture.
+    so that stock pipelines take a label map as an RGB picture. Its hint network is half as wide as is
+    usual: it works at the resolution of images, and would take half of the training's time.
     """
     return ControlNetModel.from_unet(
-        unet, conditioning_channels=3, conditioning_embedding_out_channels=(16, 32, 64, 96)
+        unet, conditioning_channels=3, conditioning_embedding_out_channels=(8, 16, 32, 64)
     )
 
 
@@ -224,14 +241,14 @@ def build_classifier(profile):
     )
 
 
-def build_scheduler():
-    """Stable Diffusion's noise schedule, with v-prediction (Salimans and Ho 2022)."""
+def build_scheduler(prediction="v_prediction"):
+    """Stable Diffusion's noise schedule; prediction: that of the velocity (Salimans and Ho 2022), or "epsilon"."""
     return DDPMScheduler(
         num_train_timesteps=1000,
         beta_start=0.00085,
         beta_end=0.012,
         beta_schedule="scaled_linear",
-        prediction_type="v_prediction",
+        prediction_type=prediction,
         clip_sample=False,
     )
 
@@ -359,13 +376,14 @@ class TextEncoder:
 class Generator:
     """What sampling needs: a denoiser, its noise schedule, the autoencoder, and the words' encoder.
 
-    `text` is None for generators that read no prompts. `latent_shape` is (C, h, w) of one latent.
+    `text` is None for generators that read no prompts, `vae` for those that diffuse pixels.
+    `latent_shape` is (C, h, w) of one latent.
     """
 
     model: str
     denoiser: nn.Module
     scheduler: DDPMScheduler
-    vae: AutoencoderKL
+    vae: AutoencoderKL | None
     latent_shape: tuple[int, int, int]
     text: TextEncoder | None = None
 
@@ -457,7 +475,8 @@ def load_generator(folder):
     if model not in GENERATORS:
         raise DiffEchoError(f"{folder}: a checkpoint of {model!r}, no generator ({GENERATORS})")
     base = needed(folder, "text") if model == "text-seg" else folder
-    vae = load_autoencoder(needed(base, "autoencoder"))
+    pixels = model == "unconditional" and not read_training(folder).get("needs")
+    vae = None if pixels else load_autoencoder(needed(base, "autoencoder"))
     text = None
     if model == "unconditional":
         unets = [_load(UNet2DModel, folder / name) for name in camus.CLASS_NAMES]
@@ -575,7 +594,7 @@ def _save_part(part, folder):
         save_file(tensors, folder / WEIGHTS)
         (folder / "config.json").write_text(json.dumps(part.config, indent=1) + "\n")
     else:
-        half = copy.deepcopy(part).cpu().half()
+        half = copy.deepcopy(part).cpu().half().to(memory_format=torch.contiguous_format)
         half.save_pretrained(folder)
 
 

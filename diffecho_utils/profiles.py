@@ -25,6 +25,10 @@ class Recipe:
     bf16: bool = True  # mixed precision where the device has it
     accumulation: int = 1
     save_every: int = 250
+    prediction: str = "v_prediction"  # what a denoiser answers with; or "epsilon", the noise
+    snr_gamma: float | None = (
+        None  # min-SNR weights (Hang et al. 2023); None: timesteps weigh alike
+    )
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,7 @@ class Profile:
     sampling_steps: int
     phantom_seed: int = 2024
     pretrained: str | None = None  # Stable Diffusion's weights: a local folder or a name on the Hub
+    unconditional_pixels: int | None = None  # side of unconditional models that diffuse pixels
 
 
 _CPU = Profile(
@@ -162,10 +167,18 @@ PROFILES = {
         classifier_channels=(64, 128, 256, 512),
         jittered_views=16,
         pretrained="stable-diffusion-v1-5/stable-diffusion-v1-5",
+        unconditional_pixels=128,
         autoencoder=Recipe(steps=50000, batch=8, learning_rate=1e-4),
         texture=Recipe(steps=50000, batch=8, learning_rate=1e-4),
         clip=Recipe(steps=20000, batch=256, learning_rate=1e-4, weight_decay=0.1),
-        unconditional=Recipe(steps=10000, batch=16, learning_rate=1e-4, warmup=500, ema=0.9999),
+        unconditional=Recipe(
+            steps=10000,
+            batch=16,
+            learning_rate=1e-4,
+            warmup=500,
+            ema=0.9999,
+            prediction="epsilon",
+        ),
         text=Recipe(
             steps=35000,
             batch=1,
@@ -173,9 +186,17 @@ PROFILES = {
             learning_rate=1e-5,
             schedule="constant",
             ema=0.9999,
+            prediction="epsilon",
         ),
-        text_seg=Recipe(steps=120000, batch=1, learning_rate=5e-6, schedule="constant", ema=0.9999),
-        sdm=Recipe(steps=120000, batch=4, learning_rate=1e-4, ema=0.9999),
+        text_seg=Recipe(
+            steps=120000,
+            batch=1,
+            learning_rate=5e-6,
+            schedule="constant",
+            ema=0.9999,
+            prediction="epsilon",
+        ),
+        sdm=Recipe(steps=120000, batch=4, learning_rate=1e-4, ema=0.9999, prediction="epsilon"),
         segmentation=Recipe(steps=30000, batch=16, learning_rate=1e-3),
         classification=Recipe(steps=3000, batch=16, learning_rate=1e-3),
         live_steps=1000,
@@ -193,7 +214,7 @@ _RECIPES |= {"segmenter": ("segmentation",), "classifier": ("classification",)}
 def adapt(profile, model, *, steps=None, **changes):
     """The profile with another recipe for `model`, for machines that it was not made for.
 
-    steps: one number a stage; changes: batch, learning_rate, ema of every stage; None: as it is.
+    steps: one number a stage; changes: other rows of `Recipe`, of every stage; None: as they are.
     """
     names = _RECIPES.get(model, (model,))
     steps = list(steps or [None] * len(names))

@@ -95,9 +95,11 @@ def _check_conditions(generator, n, guidance, conditions):
         raise DiffEchoError(
             "the unconditional generator has no null condition; leave guidance at 1"
         )
+    if "masks" not in conditions:
+        return
     factor = 2 ** (len(generator.vae.config.block_out_channels) - 1)
     sides = tuple(factor * side for side in generator.latent_shape[1:])
-    if "masks" in conditions and tuple(conditions["masks"].shape[1:]) != sides:
+    if tuple(conditions["masks"].shape[1:]) != sides:
         raise DiffEchoError(
             f"label maps of {tuple(conditions['masks'].shape[1:])} pixels for images of {sides}; "
             "resize them by nearest neighbour (`data.to_square`)"

@@ -290,7 +290,8 @@ def train(
     if model not in MODELS:
         raise DiffEchoError(f"no model {model!r}; train one of {', '.join(MODELS)}")
     folder, needs = Path(folder), dict(needs or {})
-    missing = [name for name in MODELS[model] if name not in needs]
+    wanted = builds_on(model, profile)
+    missing = [name for name in wanted if name not in needs]
     if missing:
         raise DiffEchoError(
             f"{model} builds on {missing}; train these first, and pass their folders"
@@ -307,7 +308,7 @@ def train(
         begun.add(objective.network)  # a later stage goes on with it
         if minutes is not None:
             known = _saved_steps(state) if resume else None
-            steps = known or _steps_within(minutes, objective, tensors, recipe)
+            steps = known or steps_within(minutes, objective, tensors, recipe)
             recipe = replace(recipe, steps=broadcast_object_list([steps])[0])
             progress(f"{name}: {recipe.steps} steps fit in {minutes:g} minutes")
         log = fit(objective, tensors, recipe, state, resume=resume, progress=progress, seed=seed)
@@ -323,19 +324,23 @@ def train(
         parts, side = _judge(model, frames, profile, stage, settings), None
     else:
         base = models.needed if model == "text-seg" else lambda folder, name: needs[name]
-        autoencoder = base(needs.get("text"), "autoencoder")
-        vae = models.load_autoencoder(autoencoder)
-        _check_latents(vae, autoencoder, frames, profile)
-        views = data.latent_views(
-            vae.to(_device()), frames, profile.jittered_views, seed, cache_dir, **JITTER
-        )
+        if not wanted:
+            vae, frames = None, _shrunk(frames, profile.unconditional_pixels)
+        else:
+            autoencoder = base(needs.get("text"), "autoencoder")
+            vae = models.load_autoencoder(autoencoder).to(_device())
+            _check_latents(vae, autoencoder, frames, profile)
+        views = data.latent_views(vae, frames, profile.jittered_views, seed, cache_dir, **JITTER)
         side = views["latents"].shape[-1]
         if model == "unconditional":
             parts = _unconditional(frames, profile, views, stage, settings)
         elif model == "sdm":
-            unet, scheduler = models.build_sdm(profile), models.build_scheduler()
-            denoiser = models.SemanticDiffusion(unet)
-            stage(model, DiffusionObjective(denoiser, scheduler, **settings), views, profile.sdm)
+            unet, scheduler = (
+                models.build_sdm(profile),
+                models.build_scheduler(profile.sdm.prediction),
+            )
+            objective = _diffusion(models.SemanticDiffusion(unet), scheduler, profile.sdm, settings)
+            stage(model, objective, views, profile.sdm)
             parts = [("unet", unet), ("scheduler", scheduler)]
         else:
             clip = base(needs.get("text"), "clip")
@@ -346,11 +351,17 @@ def train(
     if start is not None:
         training["started_from"] = models.read_training(start)
     if PartialState().is_main_process:
-        models.save(parts, folder, training, {name: needs[name] for name in MODELS[model]})
+        models.save(parts, folder, training, {name: needs[name] for name in wanted})
     return log
 
 
-def _steps_within(minutes, objective, tensors, recipe, probe=30):
+def builds_on(model, profile):
+    """Names of the checkpoints that `model` needs in this profile: models of pixels need none."""
+    in_pixels = model == "unconditional" and profile.unconditional_pixels
+    return () if in_pixels else MODELS[model]
+
+
+def steps_within(minutes, objective, tensors, recipe, probe=30):
     """Steps of `recipe` that take so many minutes here: 9 tenths of what a copy's `probe` steps tell."""
     copied, seconds = copy.deepcopy(objective), []
     for steps in (5, probe):  # the first steps are slow and do not count
@@ -403,14 +414,13 @@ def _judge(model, frames, profile, stage, settings):
 
 def _unconditional(frames, profile, views, stage, settings):
     """One network a class, as in the paper."""
-    scheduler, parts = models.build_scheduler(), []
+    recipe, parts = profile.unconditional, []
+    scheduler = models.build_scheduler(recipe.prediction)
     classes = frames.classes.repeat(len(views["latents"]) // len(frames))
     for index, name in enumerate(camus.CLASS_NAMES):
         unet = models.build_unconditional(profile)
-        objective = DiffusionObjective(models.Unconditional([unet]), scheduler, **settings)
-        stage(
-            name, objective, {"latents": views["latents"][classes == index]}, profile.unconditional
-        )
+        objective = _diffusion(models.Unconditional([unet]), scheduler, recipe, settings)
+        stage(name, objective, {"latents": views["latents"][classes == index]}, recipe)
         parts.append((name, unet))
     return [*parts, ("scheduler", scheduler)]
 
@@ -422,19 +432,32 @@ def _text(model, frames, profile, views, clip, text, stage, settings):
     states = models.TextEncoder(clip)(texts)
     tensors = {"latents": views["latents"]}
     tensors["prompts"] = ids.repeat(len(views["latents"]) // len(frames), 1)
-    scheduler = models.build_scheduler()
     if model == "text":
-        unet = models.build_text_unet(profile)
-        denoiser, recipe = models.TextGuided(unet), profile.text
+        unet, recipe = models.build_text_unet(profile), profile.text
+        denoiser, scheduler = models.TextGuided(unet), models.build_scheduler(recipe.prediction)
         parts = [("unet", unet), ("scheduler", scheduler)]
     else:
-        unet = models.load_generator(text).denoiser.unet
+        frozen = models.load_generator(text)
+        unet, scheduler = frozen.denoiser.unet, frozen.scheduler
         controlnet = models.build_controlnet(unet)
-        denoiser, recipe = models.TextSegmentationGuided(unet, controlnet), profile.text_seg
+        denoiser = models.TextSegmentationGuided(unet, controlnet)
+        recipe = replace(profile.text_seg, prediction=scheduler.config.prediction_type)
         tensors["masks"] = views["masks"]
         parts = [("controlnet", controlnet)]
-    stage(model, DiffusionObjective(denoiser, scheduler, states, **settings), tensors, recipe)
+    stage(model, _diffusion(denoiser, scheduler, recipe, settings, states), tensors, recipe)
     return parts
+
+
+def _diffusion(denoiser, scheduler, recipe, settings, states=None):
+    settings = {"snr_gamma": recipe.snr_gamma} | settings
+    return DiffusionObjective(denoiser, scheduler, states, **settings)
+
+
+def _shrunk(frames, side):
+    """The frames at another side, for models that diffuse pixels."""
+    images = F.interpolate(frames.images, (side, side), mode="bilinear", antialias=True)
+    masks = F.interpolate(frames.masks[:, None], (side, side), mode="nearest-exact")[:, 0]
+    return data.Frames(images, masks, frames.table)
 
 
 def _check_latents(vae, folder, frames, profile):
@@ -481,6 +504,7 @@ def fit(
     if resume and state is not None and (Path(state) / "state.json").exists():
         step, rows = _load_state(state, objective, optimizer, ema, recipe)
         progress(f"resumed at step {step} of {recipe.steps}")
+    objective.to(memory_format=torch.channels_last)  # convolutions are faster in it
     wrapped, optimizer = accelerator.prepare(objective, optimizer)
     ema.to(accelerator.device)
     tensors = {name: tensor.to(accelerator.device) for name, tensor in tensors.items()}
@@ -538,6 +562,14 @@ def fit(
                 totals, since, told = {}, step, now
                 if step % recipe.save_every == 0 or step == end:
                     save()
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate" not in str(error):
+            raise
+        raise DiffEchoError(
+            f"out of memory in step {step + 1} with {recipe.batch} images at once on "
+            f"{accelerator.device}; halve the batch (--batch) and double the recipe's accumulation, or "
+            f"take a smaller profile; {state or 'no state'} keeps the last good state"
+        ) from error
     except KeyboardInterrupt:
         if state is not None:
             progress(
@@ -547,6 +579,7 @@ def fit(
     if step == recipe.steps:
         ema.copy_to([p for p in objective.network.parameters() if p.requires_grad])
         objective.network.eval()
+    objective.to(memory_format=torch.contiguous_format)
     accelerator.wait_for_everyone()
     return pd.DataFrame(rows)
 

@@ -124,3 +124,12 @@ def test_panel_separates_what_is_far_from_real_frames(frames, smoke):
             far[:12], classes[:12], real, classes, real, classes, patients
         )  # fmt: skip
     assert panel["n"].tolist() == [10] * 4 + [40] and panel["floor_n"].tolist() == [5] * 4 + [20]
+
+
+def test_nearest_by_hand():
+    a, b = (
+        torch.tensor([[0.0, 0.0], [3.0, 4.0]]),
+        torch.tensor([[3.0, 4.0], [6.0, 8.0], [0.0, 2.0]]),
+    )
+    assert metrics.nearest(a, b) == pytest.approx([2 / 2**0.5, 0])
+    assert metrics.nearest(a.view(2, 1, 2, 1), b.view(3, 1, 2, 1)) == pytest.approx([2 / 2**0.5, 0])

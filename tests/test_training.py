@@ -326,3 +326,41 @@ def test_start_counts_for_each_network_once(smoke, frames, trained, tmp_path):
     before, after = (models.load_generator(f) for f in (trained["unconditional"], tmp_path / "u"))
     after = after.denoiser.state_dict()
     assert all(torch.equal(t, after[name]) for name, t in before.denoiser.state_dict().items())
+
+
+def test_pixels_instead_of_latents_as_the_paper_does(smoke, frames, tmp_path):
+    """No autoencoder, the noise predicted, and the weights still make whole images."""
+    recipe = replace(smoke.unconditional, prediction="epsilon")
+    pixels = replace(smoke, unconditional_pixels=32, unconditional=recipe)
+    training.train("unconditional", frames, pixels, tmp_path / "u", progress=str)
+    generator = models.load_generator(tmp_path / "u")
+    assert generator.vae is None and generator.latent_shape == (1, 32, 32)
+    assert generator.scheduler.config.prediction_type == "epsilon"
+    images = sampling.sample(generator, range(4), 3, classes=range(4))
+    assert images.shape == (4, 1, 32, 32) and images.abs().max() <= 1
+    assert images.flatten(1).std(1).min() > 0
+
+
+def test_out_of_memory_says_what_to_lower(smoke, latents, tmp_path):
+    """PyTorch's own words for it on a CPU, asked for a tensor that no machine has room for."""
+
+    class Huge(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network = torch.nn.Linear(1, 1)
+
+        def draw(self, batch, generator):
+            return {}
+
+        def forward(self, latents):
+            return self.network(torch.empty(2**60, 1)).mean(), {}
+
+    said = "out of memory in step 1 with 4 images at once on cpu; halve the batch"
+    with pytest.raises(DiffEchoError, match=said):
+        training.fit(Huge(), latents, RECIPE, tmp_path / "state", progress=str)
+
+
+def test_other_errors_are_not_taken_for_memory(smoke, latents):
+    with pytest.raises(RuntimeError, match="size"):
+        short = {"latents": latents["latents"][:, :3]}  # a channel too few
+        training.fit(diffusion(smoke), short, RECIPE, None, progress=str)
