@@ -103,6 +103,8 @@ def train_command(options):
     profile = profiles.get(options.profile)
     if options.latent_channels:
         profile = replace(profile, latent_channels=options.latent_channels)
+    if options.width:
+        profile = profiles.narrowed(profile, options.width)
     if options.views:
         profile = replace(profile, jittered_views=options.views)
     changed = {name: getattr(options, name) for name in _RECIPE}
@@ -137,7 +139,7 @@ def _train_line(options):
     """The command again, without paths, for the record."""
     line = f"python -m diffecho_utils train {options.model} --profile {options.profile}"
     line += f" --seed {options.seed}"
-    for name in ("latent_channels", "views", "steps", *_RECIPE, "minutes"):
+    for name in ("latent_channels", "width", "views", "steps", *_RECIPE, "minutes"):
         value = getattr(options, name)
         if value is not None:
             values = value if isinstance(value, list) else [value]
@@ -329,6 +331,7 @@ def _parser():
         "--start", type=Path, metavar="DIR", help="go on from this checkpoint's weights"
     )
     sub.add_argument("--latent-channels", type=int)
+    sub.add_argument("--width", type=float, help="networks so many times as wide as the profile's")
     sub.add_argument("--views", type=int, help="cached copies of each frame, all but one jittered")
     sub.add_argument("--seed", type=int, default=0)
 
