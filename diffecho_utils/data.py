@@ -140,7 +140,7 @@ def encode(vae, images, batch=64):
         vae.encode(part.to(device, memory_format=faster)).latent_dist.mean.float().cpu()
         for part in images.split(batch)
     ]
-    return torch.cat(parts) * vae.config.scaling_factor
+    return torch.cat(parts).contiguous() * vae.config.scaling_factor
 
 
 @torch.no_grad()

@@ -30,7 +30,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from diffecho_utils import DiffEchoError, camus, data, models, prompts
+from diffecho_utils import DiffEchoError, assets, camus, data, models, prompts, results
 
 # Small movements only: how bright the samples are is one of the paper's claims, so gain stays as it
 # is, and the same for all four generators, so that only the conditioning differs.
@@ -355,6 +355,44 @@ def train(
     return log
 
 
+def from_scratch(model, table, profile, progress=print):
+    """Train `model` by the profile's whole recipe on `table`'s training patients: its folder.
+
+    What a chapter does with `train_from_scratch = True`. It stands on the shipped checkpoints that it
+    builds on, and takes its size of images and latents from them. Kept in the workspace: interrupted,
+    it goes on when called again; done, it is only named.
+    """
+    world = table.attrs["world"]
+    folder = assets.workspace() / "trained" / f"{world}-{profile.name}" / model
+    if (folder / "training.json").exists():
+        return folder
+    needs = {name: assets.checkpoint("camus", name) for name in builds_on(model, profile)}
+    if needs:
+        shipped = models.load_generator(assets.checkpoint("camus", model))
+        channels, side = shipped.latent_shape[:2]
+        profile = replace(profile, latent_channels=channels, side=8 * side)
+    if "clip" in needs:
+        width = models.load_clip(needs["clip"])[0].config.text_config.hidden_size
+        profile = replace(profile, clip_width=width)
+    rows = camus.select(table, "training", patients=profile.patients)
+    cache = assets.workspace() / "cache"
+    # Stretched to a square, as the frames were that the shipped networks learned from
+    frames = data.load_frames(rows, profile.side, keep_aspect=False, cache_dir=cache)
+    line = f"training.from_scratch({model!r}), profile {profile.name}"
+    train(
+        model,
+        frames,
+        profile,
+        folder,
+        needs=needs,
+        resume=True,
+        provenance=results.provenance(line),
+        progress=progress,
+        cache_dir=cache,
+    )
+    return folder
+
+
 def builds_on(model, profile):
     """Names of the checkpoints that `model` needs in this profile: models of pixels need none."""
     in_pixels = model == "unconditional" and profile.unconditional_pixels
@@ -490,7 +528,8 @@ def fit(
     images_per_second, seconds. Raises DiffEchoError for a loss that is not finite; the last good state stays.
     """
     accelerator = Accelerator(gradient_accumulation_steps=recipe.accumulation)
-    half = recipe.bf16 and accelerator.device.type == "cuda" and torch.cuda.is_bf16_supported()
+    half = recipe.bf16 and accelerator.device.type == "cuda"
+    half = half and torch.cuda.is_bf16_supported(including_emulation=False)  # not on a T4
     trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
         trained,
@@ -723,5 +762,13 @@ def _training(model, frames, profile, recipes, log, provenance, seed):
         "seed": seed,
         "recipes": {name: dataclasses.asdict(recipe) for name, recipe in recipes.items()},
         "minutes": round(log["seconds"].sum() / 60, 1),
+        "peak_memory_gib": _peak_memory(),
         "log": curves,
     } | (provenance or {})
+
+
+def _peak_memory():
+    """GiB of the GPU that this process has held at most; None without one."""
+    return (
+        round(torch.cuda.max_memory_allocated() / 2**30, 2) if torch.cuda.is_available() else None
+    )

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from diffecho_utils import DiffEchoError, camus, data, models, sampling, training
+from diffecho_utils import DiffEchoError, assets, camus, data, models, sampling, training
 from diffecho_utils.profiles import Recipe
 
 RECIPE = Recipe(steps=6, batch=4, learning_rate=1e-3, warmup=2, ema=0.9, save_every=2)
@@ -364,3 +364,19 @@ def test_other_errors_are_not_taken_for_memory(smoke, latents):
     with pytest.raises(RuntimeError, match="size"):
         short = {"latents": latents["latents"][:, :3]}  # a channel too few
         training.fit(diffusion(smoke), short, RECIPE, None, progress=str)
+
+
+def test_chapters_train_from_scratch_once(smoke, phantom_root, tmp_path, monkeypatch):
+    """On the shipped autoencoder, whatever the profile's side; the second call only names the folder."""
+    monkeypatch.setattr(assets, "workspace", lambda: tmp_path)
+    table, said = camus.read_table(phantom_root), []
+    folder = training.from_scratch("sdm", table, smoke, progress=said.append)
+    assert folder == tmp_path / "trained" / "phantom-smoke" / "sdm" and said
+    generator = models.load_generator(folder)
+    shipped = models.load_generator(assets.checkpoint("camus", "sdm"))
+    assert generator.latent_shape == shipped.latent_shape
+    made = models.read_training(folder)
+    assert made["world"] == "phantom" and made["patients"] == 6 and made["profile"] == "smoke"
+    said.clear()
+    assert training.from_scratch("sdm", table, smoke, progress=said.append) == folder
+    assert not said
