@@ -113,7 +113,7 @@ def train_command(options):
         camus.read_table(options.data), split=options.split, patients=profile.patients
     )
     cache = assets.workspace() / "cache"
-    frames = data.load_frames(table, profile.side, cache_dir=cache)
+    frames = data.load_frames(table, profile.side, not options.stretch, cache_dir=cache)
     needs = {
         name: getattr(options, name) or assets.checkpoint(table.attrs["world"], name)
         for name in training.builds_on(options.model, profile)
@@ -144,7 +144,7 @@ def _train_line(options):
         if value is not None:
             values = value if isinstance(value, list) else [value]
             line += f" --{name.replace('_', '-')} {' '.join(map(str, values))}"
-    return line
+    return line + " --stretch" * options.stretch
 
 
 def sample_command(options):
@@ -161,7 +161,9 @@ def sample_command(options):
     if options.masks:
         rows = camus.select(camus.read_table(options.masks), split=options.split)
         side = 8 * generator.latent_shape[-1]
-        frames = data.load_frames(rows, side, cache_dir=assets.workspace() / "cache")
+        keep_aspect = not made.get("stretched", False)  # as the frames were that it learned from
+        cache = assets.workspace() / "cache"
+        frames = data.load_frames(rows, side, keep_aspect, cache_dir=cache)
     planned = sampling.plan(options.model, options.n, frames, options.template)
     table = sampling.write_synthetic(
         generator,
@@ -329,6 +331,9 @@ def _parser():
     sub.add_argument("--minutes", type=float, help="as many steps as fit in this time, a stage")
     sub.add_argument(
         "--start", type=Path, metavar="DIR", help="go on from this checkpoint's weights"
+    )
+    sub.add_argument(
+        "--stretch", action="store_true", help="frames to squares, as re-packs do; default: padded"
     )
     sub.add_argument("--latent-channels", type=int)
     sub.add_argument("--width", type=float, help="networks so many times as wide as the profile's")

@@ -69,6 +69,7 @@ def load_frames(table, side, keep_aspect=True, cache_dir=None):
     cached_ = cached(cache_dir, "frames", key, make)
     table = table.reset_index(drop=True)
     table[["lateral_mm", "depth_mm"]] = cached_["spacing"].numpy()
+    table.attrs["stretched"] = not keep_aspect
     return Frames(cached_["images"].float() / 127.5 - 1, cached_["masks"], table)
 
 

@@ -759,6 +759,7 @@ def _training(model, frames, profile, recipes, log, provenance, seed):
         "splits": sorted(table["split"].dropna().unique()),
         "patients": int(table["patient"].nunique()),
         "frames": len(frames),
+        "stretched": table.attrs.get("stretched", False),
         "seed": seed,
         "recipes": {name: dataclasses.asdict(recipe) for name, recipe in recipes.items()},
         "minutes": round(log["seconds"].sum() / 60, 1),
