@@ -15,6 +15,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+import pandas as pd
 import torch
 import torch.nn.functional as F
 import transformers
@@ -495,7 +496,7 @@ def load_generator(folder):
     side = read_training(folder)["latent_side"]
     return Generator(
         model,
-        denoiser.eval(),
+        denoiser.eval().to(memory_format=torch.channels_last),  # a fifth faster on a CPU
         DDPMScheduler.from_pretrained(base / "scheduler"),
         vae,
         (config["in_channels"], side, side),
@@ -528,6 +529,23 @@ def read_training(folder):
         return json.loads(path.read_text())
     except ValueError as error:
         raise DiffEchoError(f"{path}: half-written ({error}); train or copy it again") from None
+
+
+def training_curve(training, stage):
+    """The whole log of a `stage` (training.json), with those of the trainings that it went on from.
+
+    DataFrame with the log's columns and `images`, the number of images seen by then.
+    """
+    logs, seen = [], 0
+    runs = [training]
+    while runs[0].get("started_from"):
+        runs.insert(0, runs[0]["started_from"])
+    for run in runs:
+        recipe, log = run["recipes"][stage], pd.DataFrame(run["log"][stage])
+        log["images"] = seen + log["step"] * recipe["batch"] * recipe["accumulation"]
+        seen = log["images"].iloc[-1]
+        logs.append(log)
+    return pd.concat(logs, ignore_index=True)
 
 
 def _monai(name, **settings):

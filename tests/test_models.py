@@ -123,3 +123,14 @@ def test_label_maps_become_rgb_pictures():
     assert torch.equal(models.control_image(masks), expected)
     with pytest.raises(DiffEchoError, match=r"labels \[0, 85, 170, 255\]"):
         models.control_image(masks * 85)
+
+
+def test_training_curve_joins_what_a_training_went_on_from():
+    def run(batch, losses, before=None):
+        log = [{"step": 10 * (i + 1), "loss": loss} for i, loss in enumerate(losses)]
+        recipe = {"batch": batch, "accumulation": 1}
+        return {"recipes": {"text": recipe}, "log": {"text": log}, "started_from": before}
+
+    curve = models.training_curve(run(2, [0.5], run(8, [3.0, 1.0])), "text")
+    assert curve["loss"].tolist() == [3.0, 1.0, 0.5]
+    assert curve["images"].tolist() == [80, 160, 180]
