@@ -294,15 +294,25 @@ class TextGuided(nn.Module):
 
 
 class TextSegmentationGuided(nn.Module):
-    """ControlNet on the frozen text model: `masks` (N, H, W) label maps steer it, beside `text`."""
+    """ControlNet on the frozen text model: `masks` (N, H, W) label maps steer it, beside `text`.
 
-    def __init__(self, unet, controlnet):
+    `strength` multiplies what the ControlNet adds; 1 is as trained. Stock pipelines call it
+    controlnet_conditioning_scale.
+    """
+
+    def __init__(self, unet, controlnet, strength=1.0):
         super().__init__()
         self.unet, self.controlnet = unet.requires_grad_(False), controlnet
+        self.strength = strength
 
     def forward(self, noisy, timesteps, text, masks):
         down, middle = self.controlnet(
-            noisy, timesteps, text, controlnet_cond=control_image(masks), return_dict=False
+            noisy,
+            timesteps,
+            text,
+            controlnet_cond=control_image(masks),
+            conditioning_scale=self.strength,
+            return_dict=False,
         )
         return self.unet(
             noisy,
@@ -492,7 +502,8 @@ def load_generator(folder):
         denoiser = TextGuided(unet)
         if model == "text-seg":
             controlnet = _load(ControlNetModel, folder / "controlnet")
-            denoiser = TextSegmentationGuided(unet, controlnet)
+            strength = read_training(folder).get("strength", 1.0)
+            denoiser = TextSegmentationGuided(unet, controlnet, strength)
     side = read_training(folder)["latent_side"]
     return Generator(
         model,
