@@ -8,7 +8,8 @@ import torch
 from diffusers import AutoencoderKL, UNet2DModel
 from safetensors.torch import load_file
 
-from diffecho_utils import DiffEchoError, camus, models, profiles
+from diffecho_utils import DiffEchoError, assets, camus, models, profiles
+from diffecho_utils.training import MODELS
 
 
 @pytest.fixture
@@ -134,3 +135,30 @@ def test_training_curve_joins_what_a_training_went_on_from():
     curve = models.training_curve(run(2, [0.5], run(8, [3.0, 1.0])), "text")
     assert curve["loss"].tolist() == [3.0, 1.0, 0.5]
     assert curve["images"].tolist() == [80, 160, 180]
+
+
+SHIPPED = sorted((assets.root() / "data" / "checkpoints").glob("*/*"))
+
+
+@pytest.mark.parametrize("folder", SHIPPED, ids=lambda f: f"{f.parent.name}-{f.name}")
+def test_shipped_checkpoints_load_and_have_a_card(folder):
+    world, model = folder.parent.name, folder.name
+    facts = models.read_training(folder)
+    assert facts["world"] == world and facts["model"] == model
+    assert facts["splits"] == ["training"], "a shipped network has seen patients it is tested on"
+    card = (folder / "README.md").read_text()
+    assert {"camus": "CC BY-NC-SA 4.0", "phantom": "CC0 1.0"}[world] in card
+    assert "Not for clinical use" in " ".join(card.split())
+    if model in models.GENERATORS:
+        generator = models.load_generator(folder)
+        assert generator.model == model and generator.latent_shape == (16, 16, 16)
+    else:
+        load = {"autoencoder": models.load_autoencoder, "clip": models.load_clip}
+        load.get(model, models.load_network)(folder)
+
+
+def test_what_is_shipped():
+    found = {f"{f.parent.name}/{f.name}" for f in SHIPPED}
+    camus_ = {f"camus/{name}" for name in MODELS}
+    simulated = {f"phantom/{name}" for name in ("autoencoder", "clip", "text", "text-seg")}
+    assert found == camus_ | simulated
