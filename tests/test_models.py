@@ -106,10 +106,12 @@ def test_networks_fit_together(name):
         vae, unet = models.build_autoencoder(profile), models.build_unconditional(profile)
         models.build_sdm(profile), models.build_segmenter(profile)
     side = profile.side // models.autoencoder_factor(profile)
-    assert vae.config.latent_channels == unet.config.in_channels
-    for channels in (profile.unconditional_channels, profile.unet_channels, profile.sdm_channels):
+    pixels = profile.unconditional_pixels  # where set, these models need no autoencoder
+    assert unet.config.in_channels == (1 if pixels else vae.config.latent_channels)
+    assert unet.config.sample_size == (pixels or side)
+    assert (pixels or side) % 2 ** (len(profile.unconditional_channels) - 1) == 0
+    for channels in (profile.unet_channels, profile.sdm_channels):
         assert side % 2 ** (len(channels) - 1) == 0
-    assert unet.config.sample_size == side
     assert profile.crop % models.autoencoder_factor(profile) == 0 and profile.crop <= profile.side
 
 
