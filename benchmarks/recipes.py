@@ -1,6 +1,6 @@
 """What each recipe of a profile takes on this machine: images a second, memory, minutes.
 
-    python benchmarks/recipes.py [--profile gpu] [--steps 20]     (on a GPU two minutes; on a CPU: --profile smoke)
+    python benchmarks/recipes.py [--profile gpu] [--steps 20]     (on a CPU: --profile smoke)
 
 Every network of the profile is trained for some steps of its own batch, with random weights on random
 frames: only time and memory are measured. "minutes" is what the whole recipe would take at that speed.

@@ -545,7 +545,7 @@ def read_training(folder):
 def training_curve(training, stage):
     """The whole log of a `stage` (training.json), with those of the trainings that it went on from.
 
-    DataFrame with the log's columns and `images`, the number of images seen by then.
+    DataFrame with the log's columns, `images`, the number of images seen by then, and `hardware`.
     """
     logs, seen = [], 0
     runs = [training]
@@ -554,6 +554,7 @@ def training_curve(training, stage):
     for run in runs:
         recipe, log = run["recipes"][stage], pd.DataFrame(run["log"][stage])
         log["images"] = seen + log["step"] * recipe["batch"] * recipe["accumulation"]
+        log["hardware"] = run.get("hardware")
         seen = log["images"].iloc[-1]
         logs.append(log)
     return pd.concat(logs, ignore_index=True)

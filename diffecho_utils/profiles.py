@@ -6,8 +6,6 @@ paper: Stable Diffusion's own networks at 512 px.
 
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from diffecho_utils import DiffEchoError
 
 
@@ -244,8 +242,9 @@ def narrowed(profile, width):
     changed = {}
     for name, multiple in parts.items():
         old = getattr(profile, name)
-        new = [max(multiple, round(c * width / multiple) * multiple) for c in np.atleast_1d(old)]
-        changed[name] = tuple(map(int, new)) if isinstance(old, tuple) else int(new[0])
+        widths = old if isinstance(old, tuple) else (old,)
+        new = tuple(max(multiple, round(c * width / multiple) * multiple) for c in widths)
+        changed[name] = new if isinstance(old, tuple) else new[0]
     return replace(profile, **changed)
 
 

@@ -601,7 +601,9 @@ def fit(
                 totals, since, told = {}, step, now
                 if step % recipe.save_every == 0 or step == end:
                     save()
-    except (torch.OutOfMemoryError, RuntimeError) as error:
+    except (
+        RuntimeError
+    ) as error:  # a GPU's OutOfMemoryError is one, a CPU's has no class of its own
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate" not in str(error):
             raise
         raise DiffEchoError(
