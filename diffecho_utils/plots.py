@@ -104,7 +104,7 @@ def histograms(series, xlabel, *, bins=30, size=(5.0, 2.6), reference=None):
             axis.axvline(x, color="0.3", ls=":", lw=1)
             axis.annotate(text, (x, axis.get_ylim()[1]), fontsize=8, ha="left", va="top")
         axis.set(xlabel=xlabel, ylabel="density")
-        axis.legend()
+        figure.legend(loc="outside upper center", ncols=2)  # bars may fill the axes
     return figure
 
 
