@@ -7,7 +7,8 @@ the same noise. Guidance: the text model and the SDM draw half of the patients a
 and within a third of the timesteps. Measured are the Frechet distance to the training frames (features of
 chapter 03), Dice of the shipped segmenter's reading with the label map, the class by the shipped
 classifier, diversity, and seconds an image. Each row is written to data/results/camus/cpu/sampling.json
-(or --out) as soon as it is there; rows that are there, of the same weights and frames, are kept.
+(or --out) as soon as it is there; rows that are there are kept, so the
+command can be stopped at any moment and repeated. A file of other weights or frames is refused.
 """
 
 import argparse
@@ -34,12 +35,9 @@ from diffecho_utils import (
 
 SEED = 1000  # of the first image; frame i has the same noise in every row
 STEPS = (5, 10, 20, 50, 100)
-SPACED = (
-    "DPM-Solver++",
-    "DDIM",
-    "UniPC",
-    "DDPM",
-)  # Euler takes DDIM's steps: chapter 07, section 2
+# Euler is not among them: it takes DDIM's steps (chapter 07, section 2).
+SPACED = ("DPM-Solver++", "DDIM", "UniPC", "DDPM")
+LONGEST = ("DPM-Solver++", "DDPM")  # at a hundred steps: one that has long converged, one not
 INTERVALS = ((0, 333), (333, 666), (666, 999))
 SCALES = {"text": (1.0, 2.0, 3.0, 5.0, 8.0), "sdm": (1.0, 1.5, 3.0, 5.0)}
 STRONG = {"text": 5.0, "sdm": 3.0}  # the scale that the intervals are tried at
