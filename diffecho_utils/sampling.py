@@ -425,8 +425,8 @@ tags: [synthetic, medical, echocardiography]
 ---
 # Synthetic echocardiograms
 
-{sum(counts.values())} apical frames drawn by a diffusion model ({settings["model"]}). No patient has any of
-these hearts. **For research and teaching. Not for clinical use.**
+{sum(counts.values())} apical frames drawn by a diffusion model ({settings["model"]}). None was
+recorded from a patient. **For research and teaching. Not for clinical use.**
 
 | class | images |
 |---|---|
