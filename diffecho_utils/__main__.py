@@ -149,6 +149,7 @@ def _train_line(options):
 
 def sample_command(options):
     import torch
+    from accelerate import PartialState
 
     from diffecho_utils import assets, data, models, sampling
 
@@ -156,7 +157,9 @@ def sample_command(options):
     made = models.read_training(options.checkpoint)
     if generator.model != options.model:
         raise DiffEchoError(f"{options.checkpoint}: a checkpoint of {generator.model}")
-    generator.to("cuda" if torch.cuda.is_available() else "cpu")
+    state = PartialState()
+    generator.to(state.device if torch.cuda.is_available() else "cpu")
+    facts = {key: made.get(key) for key in ("world", "profile", "commit")}
     frames = None
     if options.masks:
         rows = camus.select(camus.read_table(options.masks), split=options.split)
@@ -164,6 +167,7 @@ def sample_command(options):
         keep_aspect = not made.get("stretched", False)  # as the frames were that it learned from
         cache = assets.workspace() / "cache"
         frames = data.load_frames(rows, side, keep_aspect, cache_dir=cache)
+        facts |= {"masks_world": rows.attrs["world"], "masks_split": options.split}
     planned = sampling.plan(options.model, options.n, frames, options.template)
     table = sampling.write_synthetic(
         generator,
@@ -172,10 +176,14 @@ def sample_command(options):
         options.steps,
         seed=options.seed,
         guidance=options.guidance,
-        facts={key: made.get(key) for key in ("world", "profile", "commit")},
-        progress=_progress("images"),
+        guidance_interval=options.guidance_interval,
+        solver=options.solver,
+        facts=facts,
+        progress=_progress("images") if state.is_main_process else None,
+        batch=options.batch,
     )
-    print(f"wrote {len(table)} images, {options.n} of each class, to {options.out}")
+    if state.is_main_process:
+        print(f"wrote {len(table)} images, {options.n} of each class, to {options.out}")
 
 
 def evaluate_command(options):
@@ -356,7 +364,16 @@ def _parser():
     sub.add_argument(
         "--guidance", type=float, default=1.0, help="weight of the condition; 1: as is"
     )
-    sub.add_argument("--steps", type=int, default=20, help="DPM-Solver++ steps")
+    sub.add_argument(
+        "--guidance-interval",
+        type=int,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="timesteps of the guidance, 0 (picture) to 999 (noise); default: all",
+    )
+    sub.add_argument("--steps", type=int, default=20, help="of the solver")
+    sub.add_argument("--solver", default="DPM-Solver++", help="DDPM, DDIM, Euler, UniPC or this")
+    sub.add_argument("--batch", type=int, default=50, help="images drawn at a time")
     sub.add_argument(
         "--seed", type=int, default=0, help="seed of the first image; the next counts on"
     )

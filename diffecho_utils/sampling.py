@@ -1,9 +1,10 @@
 """From noise to echocardiograms: run a solver, and write a synthetic data set.
 
-Chapters 03 to 06.
+Chapters 03 to 07.
 """
 
 import hashlib
+import inspect
 import json
 import os
 from pathlib import Path
@@ -11,7 +12,15 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from diffusers import DPMSolverMultistepScheduler
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 from PIL import Image, UnidentifiedImageError
 
 from diffecho_utils import DiffEchoError, camus, data, prompts, results
@@ -27,29 +36,53 @@ CONDITIONS = {
     "sdm": {"masks"},
 }
 
+# Chapter 07 writes each of them by hand; build one by `.from_config(generator.scheduler.config)`.
+SOLVERS = {
+    "DDPM": DDPMScheduler,
+    "DDIM": DDIMScheduler,
+    "Euler": EulerDiscreteScheduler,
+    "DPM-Solver++": DPMSolverMultistepScheduler,
+    "UniPC": UniPCMultistepScheduler,
+}
+
 
 @torch.no_grad()
 def sample(
-    generator, seeds, steps, *, guidance=1.0, scheduler=None, batch=50, progress=None, **conditions
+    generator,
+    seeds,
+    steps,
+    *,
+    guidance=1.0,
+    guidance_interval=None,
+    scheduler=None,
+    batch=50,
+    progress=None,
+    **conditions,
 ):
     """Draw one image for each seed: (N, 1, H, W) float32 in [-1, 1].
 
     generator: `models.Generator`; seeds: N integers, each of which fixes its image's noise whatever
     the batch; conditions as in `CONDITIONS`: classes, N indices into `camus.CLASSES`; prompts, N
     texts; masks, (N, H, W) uint8 label maps. `guidance` weighs the condition against the null
-    condition (Ho and Salimans 2022); 1 leaves it as trained. `scheduler` is any diffusers scheduler
-    built from the generator's configuration; the default, DPM-Solver++, needs about 20 steps.
-    `progress(done, N)` is called after each batch. Raises DiffEchoError for conditions that are
-    missing, too many or of the wrong size.
+    condition (Ho and Salimans 2022); 1 leaves it as trained; `guidance_interval`, (low, high), keeps
+    it to those timesteps, both included (Kynkaanniemi et al. 2024). `scheduler` is any diffusers
+    scheduler built from the generator's configuration (one that puts noise in draws it from each
+    image's own stream, if its `step` takes a generator); the default, DPM-Solver++, needs about 20
+    steps. `progress(done, N)` is called after each batch. Raises DiffEchoError for conditions that
+    are missing, too many or of the wrong size, and for an empty interval.
     """
     _check_conditions(generator, len(seeds), guidance, conditions)
+    low, high = _check_interval(guidance_interval, generator)
     if scheduler is None:
         scheduler = DPMSolverMultistepScheduler.from_config(generator.scheduler.config)
+    draws = "generator" in inspect.signature(scheduler.step).parameters
     device = next(generator.denoiser.parameters()).device
     images = []
     for first in range(0, len(seeds), batch):
         part = slice(first, first + batch)
-        latents = initial_noise(seeds[part], generator.latent_shape).to(device)
+        streams = _streams(seeds[part])
+        fresh = {"generator": streams} if draws else {}
+        latents = _noise(streams, generator.latent_shape).to(device)
         given, null = _conditions(generator, device, {k: v[part] for k, v in conditions.items()})
         scheduler.set_timesteps(steps, device=device)
         latents = latents * scheduler.init_noise_sigma
@@ -57,10 +90,10 @@ def sample(
             inputs = scheduler.scale_model_input(latents, timestep)
             times = timestep.expand(len(inputs)).to(device)
             prediction = generator.denoiser(inputs, times, **given)
-            if guidance != 1:
+            if guidance != 1 and low <= timestep <= high:
                 unguided = generator.denoiser(inputs, times, **null)
                 prediction = unguided + guidance * (prediction - unguided)
-            latents = scheduler.step(prediction, timestep, latents).prev_sample
+            latents = scheduler.step(prediction, timestep, latents, **fresh).prev_sample
         images.append(data.decode(generator.vae, latents))
         if progress:
             progress(min(first + batch, len(seeds)), len(seeds))
@@ -106,10 +139,31 @@ def _check_conditions(generator, n, guidance, conditions):
         )
 
 
+def _check_interval(interval, generator):
+    last = generator.scheduler.config.num_train_timesteps - 1
+    if interval is None:
+        return 0, last
+    low, high = interval
+    if not 0 <= low <= high <= last:
+        raise DiffEchoError(
+            f"guidance interval {low} to {high}: give the lower timestep first, both from 0 (the "
+            f"picture) to {last} (noise)"
+        )
+    return low, high
+
+
 def initial_noise(seeds, shape):
     """Standard normal noise, one draw a seed on the CPU: (N, *shape), the same on every device."""
-    draws = [torch.randn(shape, generator=torch.Generator().manual_seed(int(s))) for s in seeds]
-    return torch.stack(draws)
+    return _noise(_streams(seeds), shape)
+
+
+def _streams(seeds):
+    """A random generator for each seed: its first draw is the image's initial noise."""
+    return [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+
+
+def _noise(streams, shape):
+    return torch.stack([torch.randn(shape, generator=stream) for stream in streams])
 
 
 def plan(model, count, frames=None, template="paper"):
@@ -150,6 +204,8 @@ def write_synthetic(
     *,
     seed=0,
     guidance=1.0,
+    guidance_interval=None,
+    solver="DPM-Solver++",
     facts=None,
     progress=None,
     batch=50,
@@ -157,11 +213,25 @@ def write_synthetic(
     """Write one image for each row of `plan`'s table as a synthetic data set; returns its metadata.
 
     FOLDER/images/*.png (8-bit grey), label_maps/*.png (labels 0-3, where there are any),
-    metadata.csv (`METADATA`, one row an image) and dataset.json (`facts` and the settings). Image i
-    has the seed `seed` + i. Images that are there already are kept, so an interrupted run goes on;
-    metadata.csv is written last. Raises DiffEchoError if FOLDER holds a set of other settings.
+    metadata.csv (`METADATA`, one row an image), dataset.json (`facts`, the settings, how many of
+    each class) and README.md, the data card. Image i has the seed `seed` + i; solver: one of
+    `SOLVERS`. Images that are there already are kept, so an interrupted run goes on: it draws
+    whole batches again that are not whole, so that an image comes out of the batch it would have
+    come out of. Under `accelerate launch` the batches are shared among the processes. metadata.csv is
+    written last, when all is there. `progress(done, N)` counts this process's images and those
+    that were there. Raises DiffEchoError if FOLDER holds a set of other settings or weights.
     """
-    folder, n = Path(folder), len(table)
+    if solver not in SOLVERS:
+        raise DiffEchoError(f"no solver {solver!r}; choose one of {', '.join(SOLVERS)}")
+    folder, n, state = Path(folder), len(table), PartialState()
+    known = {
+        "classes": camus.class_index(table),
+        "prompts": table["prompt"].to_numpy(),
+        "masks": masks,
+    }
+    known = {name: known[name] for name in CONDITIONS[generator.model]}
+    _check_conditions(generator, n, guidance, known)
+    _check_interval(guidance_interval, generator)
     names = [f"{i:06d}.png" for i in range(n)]
     metadata = pd.DataFrame(
         {
@@ -174,36 +244,93 @@ def write_synthetic(
         },
         columns=METADATA,
     )
-    settings = {"model": generator.model, "steps": steps, "seed": seed, "guidance": guidance}
-    settings |= {"planned": _digest(metadata, masks)} | (facts or {})
-    described = folder / "dataset.json"
-    if described.exists() and json.loads(described.read_text()).get("settings") != settings:
-        raise DiffEchoError(
-            f"{described}: made with other settings; choose another folder, or delete it"
-        )
-    (folder / "images").mkdir(parents=True, exist_ok=True)
-    results.write_text(described, json.dumps({"settings": settings}, indent=1) + "\n")
-    if masks is not None:
-        (folder / "label_maps").mkdir(exist_ok=True)
-        for name, mask in zip(names, masks, strict=True):
-            _save_grey(mask.numpy(), folder / "label_maps" / name)
-    values = {
-        "classes": camus.class_index(table),
-        "prompts": table["prompt"].to_numpy(),
-        "masks": masks,
+    settings = {"model": generator.model, "solver": solver, "steps": steps, "seed": seed}
+    settings |= {"guidance": guidance}
+    settings |= {"guidance_interval": guidance_interval and list(guidance_interval)}
+    settings |= {"planned": _digest(metadata, masks), "weights": weights_digest(generator)}
+    counts = metadata.groupby(["view", "phase"], sort=False).size()
+    described = {
+        "settings": settings | (facts or {}),
+        "counts": {f"{view}-{phase}": int(k) for (view, phase), k in counts.items()},
     }
-    todo = [i for i, name in enumerate(metadata["file_name"]) if not (folder / name).exists()]
-    for first in range(0, len(todo), batch):
-        rows = todo[first : first + batch]
-        given = {name: values[name][rows] for name in CONDITIONS[generator.model]}
-        seeds = metadata["seed"].to_numpy()[rows]
-        images = sample(generator, seeds, steps, guidance=guidance, batch=batch, **given)
+    _claim(folder, described, with_masks=masks is not None)
+    lost = _lost(folder, metadata)
+    blocks = [range(first, min(first + batch, n)) for first in range(0, n, batch)]
+    # One list for all: a process that looked later would see what the others wrote meanwhile.
+    (blocks,) = broadcast_object_list([[block for block in blocks if lost & {*block}]])
+    mine = blocks[state.process_index :: state.num_processes]
+    total = n - len(lost) + sum(len(lost & {*block}) for block in mine)
+    done = n - len(lost)
+    for block in mine:
+        rows = list(block)
+        images = sample(
+            generator,
+            metadata["seed"].to_numpy()[rows],
+            steps,
+            guidance=guidance,
+            guidance_interval=guidance_interval,
+            scheduler=SOLVERS[solver].from_config(generator.scheduler.config),
+            batch=batch,
+            **{name: values[rows] for name, values in known.items()},
+        )
         for row, image in zip(rows, images, strict=True):
+            if row not in lost:
+                continue
+            if masks is not None:
+                _save_grey(masks[row].numpy(), folder / metadata["label_map"][row])
             save_image(image, folder / metadata["file_name"][row])
+        done += len(lost & {*rows})
         if progress:
-            progress(n - len(todo) + first + len(rows), n)
-    results.write_text(folder / "metadata.csv", metadata.to_csv(index=False))
+            progress(done, total)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        _finish(folder, metadata, described)
     return metadata
+
+
+def _claim(folder, described, with_masks):
+    """Make FOLDER this set's, or find that it is; DiffEchoError if it is another's."""
+    path = folder / "dataset.json"
+    text = json.dumps(described, indent=1) + "\n"
+    if path.exists():
+        try:
+            known = json.loads(path.read_text())
+        except ValueError as error:
+            raise DiffEchoError(
+                f"{path}: half-written ({error}); delete {folder} and sample again"
+            ) from None
+        old, new = known.get("settings", {}), json.loads(text)["settings"]
+        odd = sorted(name for name in old | new if old.get(name) != new.get(name))
+        if odd:
+            raise DiffEchoError(
+                f"{path}: made with other settings ({', '.join(odd)}); choose another folder, or "
+                "delete it"
+            )
+    for name in ("images", "label_maps") if with_masks else ("images",):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        results.write_text(path, text)
+
+
+def _lost(folder, metadata):
+    """Rows whose image or label map is not there."""
+    columns = [metadata["file_name"], metadata["label_map"]]
+    pairs = zip(*columns, strict=True)
+    return {i for i, pair in enumerate(pairs) if not all((folder / name).exists() for name in pair)}
+
+
+def _finish(folder, metadata, described):
+    """Card and metadata, once all is there; what a killed process left half-written is removed."""
+    for leftover in folder.glob("*/.*.png.*"):
+        leftover.unlink()
+    lost = _lost(folder, metadata)
+    if lost:
+        raise DiffEchoError(
+            f"{folder}: {len(lost)} of {len(metadata)} images are missing (first: "
+            f"{metadata['file_name'][min(lost)]}); was one of the processes stopped? Sample again"
+        )
+    results.write_text(folder / "README.md", _card(described))
+    results.write_text(folder / "metadata.csv", metadata.to_csv(index=False))
 
 
 def read_synthetic(folder, side):
@@ -243,6 +370,15 @@ def read_synthetic(folder, side):
     return torch.stack(images) / 127.5 - 1, table
 
 
+def weights_digest(generator):
+    """Sixteen hexadecimal digits that change with any weight of the generator."""
+    content = hashlib.sha256()
+    for network in (generator.denoiser, generator.vae, generator.text and generator.text.model):
+        for tensor in network.state_dict().values() if network is not None else ():
+            content.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return content.hexdigest()[:16]
+
+
 def save_image(image, path):
     """Write one image (1, H, W) in [-1, 1] as 8-bit grey PNG, beside first, then renamed."""
     pixels = ((image[0].clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu().numpy()
@@ -261,3 +397,62 @@ def _digest(metadata, masks):
     if masks is not None:
         content.update(masks.numpy().tobytes())
     return content.hexdigest()[:16]
+
+
+_CITATIONS = {
+    "camus": "It derives from CAMUS, whose licence applies (scientific research only, same terms for"
+    " what is made from it). Cite S. Leclerc et al., Deep Learning for Segmentation using an Open"
+    " Large-Scale Dataset in 2D Echocardiography, IEEE Transactions on Medical Imaging 38(9), 2019,"
+    " doi:10.1109/TMI.2019.2900516.",
+    "phantom": "It derives from a procedural phantom only; do with it what you like.",
+}
+
+
+def _card(described):
+    """README.md of a synthetic set: what it is, how it was made, what it must not be used for."""
+    settings, counts = described["settings"], described["counts"]
+    worlds = {settings[name] for name in ("world", "masks_world") if settings.get(name)}
+    world = "camus" if "camus" in worlds else "phantom" if worlds == {"phantom"} else ""
+    licence = results.LICENCES.get(world)
+    citation = _CITATIONS.get(
+        world, "The licence is that of the data the generator was trained on."
+    )
+    rows = "\n".join(f"| {name} | {count} |" for name, count in counts.items())
+    made = "\n".join(f"| {name} | {value} |" for name, value in settings.items())
+    return f"""---
+license: {licence.lower() if licence else "other"}
+tags: [synthetic, medical, echocardiography]
+---
+# Synthetic echocardiograms
+
+{sum(counts.values())} apical frames drawn by a diffusion model ({settings["model"]}). None was
+recorded from a patient. **For research and teaching. Not for clinical use.**
+
+| class | images |
+|---|---|
+{rows}
+
+- `images/`: 8-bit grey PNG. `label_maps/`, where there are any: the label maps the images were drawn
+  to, 0 background, 1 cavity of the left ventricle, 2 myocardium, 3 left atrium.
+- `metadata.csv`: one row an image: {", ".join(f"`{name}`" for name in METADATA)}.
+- `datasets.load_dataset("imagefolder", data_dir=FOLDER)` reads it, and so does
+  `diffecho_utils.sampling.read_synthetic`.
+
+## Licence and citation
+
+{licence or "Other"}. {citation}
+
+## How it was made
+
+By `python -m diffecho_utils sample`, with these settings (`dataset.json`); an image's seed fixes it:
+
+| setting | value |
+|---|---|
+{made}
+
+## What to keep in mind
+
+The images show what the generator learned: the patients, the scanner and the habits of one data set, and
+its mistakes. A label map says what was asked for, not what was drawn. A generator may remember training
+frames; the book's chapters look for copies.
+"""

@@ -1,11 +1,22 @@
 """Samples are fixed by their seeds; a synthetic set is whole, resumable and readable."""
 
 import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+)
 from PIL import Image
 
 from diffecho_utils import DiffEchoError, camus, models, sampling
@@ -19,6 +30,35 @@ def generator(smoke):
     denoiser = models.Unconditional([models.build_unconditional(smoke) for _ in camus.CLASSES])
     scheduler = models.build_scheduler()
     return models.Generator("unconditional", denoiser.eval(), scheduler, vae, (4, 8, 8))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(generator, tmp_path_factory):
+    """The generator as `train` would have left it, for the command line."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    models.save([("", generator.vae)], folder / "autoencoder", {"model": "autoencoder"})
+    parts = list(zip(camus.CLASS_NAMES, generator.denoiser.unets, strict=True))
+    facts = {"model": "unconditional", "latent_side": 8, "world": "phantom", "profile": "smoke"}
+    needs = {"autoencoder": folder / "autoencoder"}
+    scheduler = ("scheduler", generator.scheduler)
+    models.save([*parts, scheduler], folder / "unconditional", facts, needs)
+    return folder / "unconditional"
+
+
+@pytest.fixture(scope="module")
+def sdm(smoke):
+    torch.manual_seed(0)
+    vae, unet = models.build_autoencoder(smoke).eval(), models.build_sdm(smoke).eval()
+    for parameter in unet.parameters():  # untrained, its last layers are zero: it would ignore maps
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)
+    denoiser = models.SemanticDiffusion(unet)
+    return models.Generator("sdm", denoiser, models.build_scheduler(), vae, (4, 8, 8))
+
+
+def pixels(folder):
+    """{name: grey values} of a set's images, metadata or not."""
+    return {p.name: np.asarray(Image.open(p), int) for p in (folder / "images").glob("[!.]*")}
 
 
 def write(generator, folder, count, steps, **settings):
@@ -54,6 +94,63 @@ def test_any_scheduler_and_progress(generator):
         sampling.sample(generator, [0], 2, classes=[0], guidance=2)
 
 
+@pytest.mark.parametrize(
+    "solver",
+    [DDPMScheduler, EulerAncestralDiscreteScheduler, DPMSolverMultistepScheduler],
+    ids=lambda solver: solver.__name__,
+)
+def test_solvers_that_add_noise_draw_the_same_image_in_any_batch(generator, solver):
+    changes = {"algorithm_type": "sde-dpmsolver++"} if solver.__name__.startswith("DPM") else {}
+    scheduler = solver.from_config(generator.scheduler.config, **changes)
+    settings = {"scheduler": scheduler, "classes": [0, 1, 2]}
+    together = sampling.sample(generator, [5, 6, 7], 4, **settings)
+    by_two = sampling.sample(generator, [5, 6, 7], 4, batch=2, **settings)
+    alone = sampling.sample(generator, [6], 4, scheduler=scheduler, classes=[1])
+    torch.testing.assert_close(together, by_two, atol=1e-4, rtol=0)
+    torch.testing.assert_close(together[1:2], alone, atol=1e-4, rtol=0)
+    plain = sampling.sample(generator, [6], 4, classes=[1])
+    assert not torch.allclose(alone, plain, atol=1e-3)
+
+
+def test_fresh_noise_is_not_the_initial_noise_again(generator):
+    class Drawer(DDIMScheduler):
+        drawn = []
+
+        def step(self, prediction, timestep, latents, generator=None):
+            fresh = [torch.randn(latents.shape[1:], generator=g) for g in generator]
+            self.drawn += [latents, torch.stack(fresh)]
+            return super().step(prediction, timestep, latents)
+
+    drawer = Drawer.from_config(generator.scheduler.config)
+    sampling.sample(generator, [3, 4], 1, scheduler=drawer, classes=[0, 0])
+    start, fresh = drawer.drawn
+    assert torch.equal(start, sampling.initial_noise([3, 4], (4, 8, 8)))
+    correlation = torch.corrcoef(torch.stack([start.flatten(), fresh.flatten()]))[0, 1]
+    assert abs(correlation) < 0.2 and not torch.equal(fresh[0], fresh[1])
+
+
+def test_guidance_keeps_to_its_interval(sdm):
+    masks = torch.zeros(2, 64, 64, dtype=torch.uint8)
+    masks[:, 16:48, 16:48] = 1
+
+    def draw(guidance, interval=None):
+        settings = {"guidance": guidance, "guidance_interval": interval}
+        ddim = DDIMScheduler.from_config(sdm.scheduler.config, timestep_spacing="trailing")
+        return sampling.sample(sdm, [1, 2], 4, scheduler=ddim, masks=masks, **settings)
+
+    plain, strong = draw(1.0), draw(5.0)  # timesteps 999, 749, 499, 249
+    torch.testing.assert_close(draw(5.0, (0, 999)), strong)
+    torch.testing.assert_close(draw(5.0, (249, 999)), strong)
+    torch.testing.assert_close(draw(5.0, (500, 700)), plain)
+    for interval in ((250, 999), (0, 998)):
+        part = draw(5.0, interval)
+        assert not torch.allclose(part, strong, atol=1e-4)
+        assert not torch.allclose(part, plain, atol=1e-4)
+    for interval in ((700, 300), (-1, 300), (0, 1000)):
+        with pytest.raises(DiffEchoError, match="give the lower timestep first"):
+            draw(5.0, interval)
+
+
 def test_class_changes_the_image(generator):
     images = sampling.sample(generator, [1, 1], 3, classes=[0, 3])
     assert not torch.allclose(images[0], images[1], atol=1e-3)
@@ -78,10 +175,63 @@ def test_synthetic_set_resumes_to_the_same_files(generator, tmp_path):
     write(generator, parts, 2, 2, seed=3, batch=3)
     names = sorted(p.name for p in (whole / "images").iterdir())
     assert names == sorted(p.name for p in (parts / "images").iterdir()) and len(names) == 8
-    first, second = (sampling.read_synthetic(folder, 64)[0] for folder in (whole, parts))
-    torch.testing.assert_close(first, second, atol=2 / 255, rtol=0)
-    with pytest.raises(DiffEchoError, match="other settings"):
+    for name in [f"images/{name}" for name in names] + ["metadata.csv", "README.md"]:
+        assert (whole / name).read_bytes() == (parts / name).read_bytes(), name
+    with pytest.raises(DiffEchoError, match=r"other settings \(steps\)"):
         write(generator, whole, 2, 5, seed=3)
+
+
+def test_a_hole_is_filled_by_the_same_image_and_nothing_else_is_touched(generator, tmp_path):
+    write(generator, tmp_path, 2, 2, batch=3)
+    before = {path: path.read_bytes() for path in (tmp_path / "images").iterdir()}
+    lost = tmp_path / "images" / "000004.png"
+    lost.unlink()
+    leftover = tmp_path / "images" / ".000004.png.99"
+    leftover.write_bytes(b"half of it")
+    times = {path: path.stat().st_mtime_ns for path in before if path != lost}
+    told = []
+    write(generator, tmp_path, 2, 2, batch=3, progress=lambda *done: told.append(done))
+    assert told == [(8, 8)] and not leftover.exists()
+    assert {path: path.read_bytes() for path in (tmp_path / "images").iterdir()} == before
+    assert {path: path.stat().st_mtime_ns for path in times} == times
+
+
+def test_a_set_belongs_to_its_settings_and_weights(generator, tmp_path):
+    write(generator, tmp_path, 1, 2)
+    other = models.Unconditional([*generator.denoiser.unets[1:], generator.denoiser.unets[0]])
+    with pytest.raises(DiffEchoError, match=r"other settings \(weights\)"):
+        write(replace(generator, denoiser=other), tmp_path, 1, 2)
+    with pytest.raises(DiffEchoError, match=r"other settings \(solver\)"):
+        write(generator, tmp_path, 1, 2, solver="DDIM")
+    with pytest.raises(DiffEchoError, match="no solver 'Heun'; choose one of DDPM, DDIM"):
+        write(generator, tmp_path, 1, 2, solver="Heun")
+    for wrong in ({"guidance": 2.0}, {"guidance_interval": (9, 3)}):
+        with pytest.raises(DiffEchoError):
+            write(generator, tmp_path / "new", 1, 2, **wrong)
+    assert not (tmp_path / "new").exists(), "a mistake must not claim the folder"
+    (tmp_path / "dataset.json").write_text('{"settings"')
+    with pytest.raises(DiffEchoError, match="half-written"):
+        write(generator, tmp_path, 1, 2)
+
+
+@pytest.mark.parametrize(
+    "facts, licence, cite",
+    [
+        ({"world": "phantom"}, "cc0-1.0", False),
+        ({"world": "camus"}, "cc-by-nc-sa-4.0", True),
+        ({"world": "phantom", "masks_world": "camus"}, "cc-by-nc-sa-4.0", True),
+        ({"world": "elsewhere"}, "other", False),
+        ({}, "other", False),
+    ],
+)
+def test_card_carries_the_licence_of_the_data(generator, tmp_path, facts, licence, cite):
+    write(generator, tmp_path, 1, 1, facts=facts)
+    card = (tmp_path / "README.md").read_text()
+    assert f"license: {licence}\n" in card and "Not for clinical use" in card
+    assert ("10.1109/TMI.2019.2900516" in card) == cite
+    assert "| 4CH-ES | 1 |" in card and "| steps | 1 |" in card
+    counts = json.loads((tmp_path / "dataset.json").read_text())["counts"]
+    assert counts == dict.fromkeys(camus.CLASS_NAMES, 1)
 
 
 def test_image_folder_is_what_datasets_expects(generator, tmp_path):
@@ -94,6 +244,76 @@ def test_image_folder_is_what_datasets_expects(generator, tmp_path):
         json.loads((tmp_path / "dataset.json").read_text())["settings"]["model"] == "unconditional"
     )
     assert Image.open(tmp_path / table["file_name"][0]).mode == "L"
+
+
+SAMPLE = ["sample", "unconditional", "--n", "3", "--steps", "12", "--batch", "2", "--seed", "5"]
+
+
+def test_killed_run_goes_on_as_if_nothing_had_happened(checkpoint, tmp_path):
+    """SIGKILL at any moment: no image lost, none twice, all as in a run that was left alone."""
+    arguments = [*SAMPLE, "--checkpoint", str(checkpoint), "--out"]
+    command = [sys.executable, "-m", "diffecho_utils", *arguments, str(tmp_path / "killed")]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 300
+    images = tmp_path / "killed" / "images"
+    while process.poll() is None and time.monotonic() < deadline:
+        if images.is_dir() and any(images.glob("[!.]*.png")):
+            break
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    there = {path.name: path.read_bytes() for path in images.glob("[!.]*.png")}
+    assert 0 < len(there) < 12 and not (tmp_path / "killed" / "metadata.csv").exists()
+    assert main([*arguments, str(tmp_path / "killed")]) == 0
+    assert main([*arguments, str(tmp_path / "whole")]) == 0
+    assert {name: (images / name).read_bytes() for name in there} == there
+    found, expected = pixels(tmp_path / "killed"), pixels(tmp_path / "whole")
+    assert sorted(p.name for p in images.iterdir()) == sorted(expected) and len(expected) == 12
+    assert max(abs(found[name] - expected[name]).max() for name in expected) <= 1
+    tables = [pd.read_csv(tmp_path / k / "metadata.csv") for k in ("killed", "whole")]
+    pd.testing.assert_frame_equal(*tables)
+    assert tables[0]["file_name"].is_unique and tables[0]["seed"].tolist() == list(range(5, 17))
+
+
+def test_two_processes_write_one_set(checkpoint, tmp_path):
+    arguments = [*SAMPLE, "--checkpoint", str(checkpoint), "--out"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]  # gloo: no GPUs
+    settings = "--num_processes=2 --num_machines=1 --mixed_precision=no --dynamo_backend=no"
+    port = "--main_process_port=0"
+    command = [*launch, *settings.split(), port, "-m", "diffecho_utils"]
+    done = subprocess.run(
+        [*command, *arguments, str(tmp_path / "two")],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("wrote 12 images") == 1, "the main process alone says so"
+    assert main([*arguments, str(tmp_path / "one")]) == 0
+    two, one = pixels(tmp_path / "two"), pixels(tmp_path / "one")
+    assert two.keys() == one.keys() and len(one) == 12
+    assert max(abs(two[name] - one[name]).max() for name in one) <= 1
+    tables = [(tmp_path / k / "metadata.csv").read_text() for k in ("two", "one")]
+    assert tables[0] == tables[1]
+
+
+def test_a_process_draws_its_share_only(generator, tmp_path, monkeypatch):
+    """And the main process does not call a set whole that lacks another's share."""
+
+    class Second:
+        process_index, num_processes, is_main_process = 1, 2, False
+
+        def wait_for_everyone(self):
+            pass
+
+    monkeypatch.setattr(sampling, "PartialState", Second)
+    write(generator, tmp_path, 2, 1, batch=2)
+    assert sorted(pixels(tmp_path)) == [f"{i:06d}.png" for i in (2, 3, 6, 7)]
+    assert not (tmp_path / "metadata.csv").exists()
+    Second.process_index, Second.is_main_process = 0, True
+    with pytest.raises(DiffEchoError, match="2 of 8 images are missing"):
+        write(generator, tmp_path, 2, 1, batch=2)
+    assert not (tmp_path / "metadata.csv").exists()
 
 
 def test_bad_synthetic_sets_are_named(generator, tmp_path):
@@ -142,12 +362,8 @@ def test_command_line_from_training_to_evaluation(broken_root, tmp_path, capsys)
     assert "metadata.csv: missing" in capsys.readouterr().err
 
 
-def test_label_maps_and_prompts_of_a_set(smoke, frames, tmp_path):
+def test_label_maps_and_prompts_of_a_set(sdm, frames, tmp_path):
     """The SDM's set holds the label maps it drew to, class by class; text models' hold their prompts."""
-    torch.manual_seed(0)
-    vae, unet = models.build_autoencoder(smoke).eval(), models.build_sdm(smoke).eval()
-    scheduler, denoiser = models.build_scheduler(), models.SemanticDiffusion(unet)
-    sdm = models.Generator("sdm", denoiser, scheduler, vae, (4, 8, 8))
     table, masks = sampling.plan("sdm", 12, frames)
     assert len(table) == 48 and (table["prompt"] == "").all()
     written = sampling.write_synthetic(sdm, tmp_path, table[:3], masks[:3], 2)
