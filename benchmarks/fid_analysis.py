@@ -55,7 +55,8 @@ def main():
         for split in ("training", "validation")
     )
     encoders = load_encoders()
-    real = {name: [see(f.images) for f in (known, unseen)] for name, see in encoders["see"].items()}
+    wanted = ("classifier", "clip") if options.features_only else encoders["see"]
+    real = {name: [encoders["see"][name](f.images) for f in (known, unseen)] for name in wanted}
     write_features(out, real, known, unseen, table.attrs["world"])
     if options.features_only:
         return
