@@ -152,7 +152,8 @@ def distances(latents, classes, reference, reference_classes, groups=None):
     mine, theirs = metrics.latent_features(latents), metrics.latent_features(reference)
     for index, name in [*enumerate(camus.CLASS_NAMES), (None, "all")]:
         keep = np.full(len(mine), True) if index is None else classes.numpy() == index
-        ref = theirs if index is None else theirs[reference_classes.numpy() == index]
+        of_class = slice(None) if index is None else reference_classes.numpy() == index
+        ref = metrics.fitted(theirs[of_class])
         found[name] = metrics.frechet_distance(mine[keep], ref)
         if groups is not None:
             interval = metrics.bootstrap_interval(

@@ -10,6 +10,8 @@ from diffecho_utils import DiffEchoError, camus, prompts
 # Rows of a recipe (profiles.Recipe) that `train` can change.
 _RECIPE = ("batch", "accumulation", "learning_rate", "ema", "prediction", "snr_gamma")
 
+_FIGURES = (".png", ".pdf", ".svg")  # files that `evaluate` draws
+
 
 def main(arguments=None):
     """Run one command; returns the exit status: 0 done, 1 bad input (said in a line), 130 interrupted."""
@@ -187,45 +189,137 @@ def sample_command(options):
 
 
 def evaluate_command(options):
-    from diffecho_utils import assets, data, metrics, models, profiles, results, sampling
+    from diffecho_utils import assets, data, metrics, plots, profiles, results, sampling
 
+    if options.figure and options.figure.suffix not in _FIGURES:
+        raise DiffEchoError(f"{options.figure}: a figure ends in one of {' '.join(_FIGURES)}")
     profile = profiles.get(options.profile)
     table = camus.read_table(options.data)
-    world = table.attrs["world"]
-    vae = models.load_autoencoder(options.autoencoder or assets.checkpoint("camus", "autoencoder"))
     cache = assets.workspace() / "cache"
-    reference = data.load_frames(
-        camus.select(table, split="training", patients=profile.patients),
-        profile.side,
-        cache_dir=cache,
-    )
-    held_out = data.load_frames(
-        camus.select(table, split=options.split, patients=profile.patients),
-        profile.side,
-        cache_dir=cache,
+    reference, held_out = (
+        data.load_frames(
+            camus.select(table, split=split, patients=profile.patients),
+            profile.side,
+            cache_dir=cache,
+        )
+        for split in ("training", options.split)
     )
     images, metadata = sampling.read_synthetic(options.synthetic, profile.side)
-    values = metrics.distance_panel(
-        metrics.features(vae, images),
-        camus.class_index(metadata),
-        metrics.features(vae, reference.images),
+    names = [str(options.synthetic / name) for name in metadata["file_name"]]
+    metrics.check_images(images, names=names)
+    see, classes = _features(options), camus.class_index(metadata)
+    values = metrics.panel(
+        see(images),
+        classes,
+        see(reference.images),
         reference.classes.numpy(),
-        metrics.features(vae, held_out.images),
+        see(held_out.images),
         held_out.classes.numpy(),
         held_out.table["patient"].to_numpy(),
     )
-    print(values.to_string(float_format="{:.3f}".format))
+    maps = _label_maps(options.synthetic, metadata, profile.side)
+    mine = _read(images, classes, maps)
+    real = _read(
+        held_out.images, held_out.classes.numpy(), None if maps is None else held_out.masks
+    )
+    for score in mine:
+        values[score], values[f"{score}_floor"] = mine[score], real[score]
+    title = f"{options.synthetic.name}: {len(images)} images, features of the {options.features}"
+    print(f"{title}; floor: {options.split} frames of {options.data.name}")
+    print(values.T.to_string(float_format="{:.3f}".format, na_rep="-"))
+    if values["precision"].isna().any():
+        few = values.index[values["precision"].isna()]
+        print(f"{', '.join(few)}: fewer than the 6 images that precision and its like need")
     if options.json:
-        path = Path(options.json)
         results.save(
-            path.parent,
-            path.stem,
+            options.json.parent,
+            options.json.stem,
             values.to_dict("index"),
-            world=world,
+            world=table.attrs["world"],
             profile=profile.name,
             split=options.split,
-            command=f"python -m diffecho_utils evaluate --split {options.split} --profile {profile.name}",
+            command=f"python -m diffecho_utils evaluate --split {options.split} "
+            f"--profile {profile.name} --features {options.features}",
         )
+    if options.figure:
+        figure = plots.panel(values)
+        figure.suptitle(title)
+        options.figure.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(options.figure, dpi=150)
+        print(f"wrote {options.figure}")
+
+
+def _features(options):
+    """Images to features, by the network that `evaluate --features` names."""
+    from diffecho_utils import assets, metrics, models
+
+    if options.features == "inception":
+        inception = metrics.load_inception(options.inception)
+        return lambda images: metrics.inception_features(inception, images)
+    if options.features == "classifier":
+        classifier = models.load_network(assets.checkpoint("camus", "classifier"))
+        return lambda images: metrics.network_features(classifier, images)
+    if options.features == "clip":
+        clip, _ = models.load_clip(assets.checkpoint("camus", "clip"))
+        return lambda images: metrics.clip_features(clip, images)
+    vae = models.load_autoencoder(options.autoencoder or assets.checkpoint("camus", "autoencoder"))
+    return lambda images: metrics.features(vae, images)
+
+
+def _label_maps(folder, metadata, side):
+    """(N, side, side) uint8 label maps of a synthetic set, None where it was drawn without."""
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    from diffecho_utils import data
+
+    if not metadata["label_map"].astype(bool).all():
+        return None
+    maps = []
+    for name in metadata["label_map"]:
+        try:
+            mask = np.asarray(Image.open(folder / name))
+        except OSError as error:
+            raise DiffEchoError(
+                f"{folder / name}: label map named in metadata.csv, unreadable ({error})"
+            ) from None
+        maps.append(data.to_square(np.zeros(mask.shape), mask, (1.0, 1.0), side)[1])
+    return torch.stack(maps)
+
+
+def _read(images, classes, maps):
+    """Scores of the images themselves, each a column by class, "all" last: {score: list}.
+
+    As the shipped classifier and segmenter read them: share of the class asked for, Dice with the
+    label maps and error of the area where there are any; and how alike the images are.
+    """
+    import numpy as np
+
+    from diffecho_utils import anatomy, assets, downstream, metrics, models
+
+    classifier, judge = (
+        models.load_network(assets.checkpoint("camus", name))
+        for name in ("classifier", "segmenter")
+    )
+    seen = downstream.classify(classifier, images)
+    read = None if maps is None else downstream.segment(judge, images)
+    scores = {}
+    for index in (*range(len(camus.CLASSES)), None):
+        rows = np.flatnonzero(classes == index) if index is not None else np.arange(len(classes))
+        kept = images[rows]
+        found = {"similarity": metrics.self_similarity(kept)}
+        found["brightness"] = 127.5 * (kept.mean().item() + 1)
+        agreed = downstream.class_accuracies(seen[rows], classes[rows])
+        found |= {f"{name}_seen": value for name, value in agreed.items()}
+        if read is not None:
+            dice = downstream.dice(read[rows], maps[rows])
+            found["dice"] = float(np.nanmean(dice)) if np.isfinite(dice).any() else np.nan
+            areas = [anatomy.areas(m[rows])[:, 0] for m in (read, maps)]
+            found["area_error"] = float(100 * np.abs(areas[0] - areas[1]).mean())
+        for name, value in found.items():
+            scores.setdefault(name, []).append(value)
+    return scores
 
 
 def book_command(options):
@@ -379,14 +473,24 @@ def _parser():
     )
 
     sub = command(
-        "evaluate", evaluate_command, "Frechet distance of a synthetic set from a CAMUS folder"
+        "evaluate", evaluate_command, "how near a synthetic set comes to a CAMUS folder's frames"
     )
     sub.add_argument("synthetic", type=Path, metavar="SYNTHETIC")
     sub.add_argument("--data", type=Path, required=True, metavar="ROOT")
     sub.add_argument("--split", default="validation", choices=camus.SPLITS, help="held-out split")
     sub.add_argument("--profile", default="cpu")
+    sub.add_argument(
+        "--features",
+        default="autoencoder",
+        choices=("autoencoder", "classifier", "clip", "inception"),
+        help="the network whose features are compared",
+    )
     sub.add_argument("--autoencoder", type=Path, metavar="DIR", help="default: the shipped one")
-    sub.add_argument("--json", metavar="FILE")
+    sub.add_argument(
+        "--inception", type=Path, metavar="FILE", help="TorchScript file; default: torch-fidelity's"
+    )
+    sub.add_argument("--json", type=Path, metavar="FILE", help="write the table as a record")
+    sub.add_argument("--figure", type=Path, metavar="FILE", help="draw it: .png, .pdf or .svg")
 
     sub = command("book", book_command, "execute the chapters and build the pages")
     sub.add_argument(

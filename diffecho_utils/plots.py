@@ -135,6 +135,49 @@ def intervals(values, xlabel, *, floor=None, size=(5.0, None)):
     return figure
 
 
+def panel(table, scores=None, columns=4):
+    """What a set scores beside what real frames score: one axis a score, one row a class.
+
+    table: `metrics.panel`'s; scores: columns of it that have a <name>_floor beside them, by default
+    all. Of `distance` the 95 % intervals are drawn, too.
+    """
+    scores = scores or [name for name in table if f"{name}_floor" in table]
+    scores = ["distance", *(name for name in scores if name != "distance")]
+    rows = -(-len(scores) // columns)
+    places = np.arange(len(table))
+    with plt.rc_context(_STYLE):
+        figure, axes = plt.subplots(
+            rows,
+            columns,
+            squeeze=False,
+            sharey=True,
+            figsize=(2.3 * columns, rows * (0.8 + 0.26 * len(table))),
+            layout="constrained",
+        )
+        for axis in axes.flat[len(scores) :]:
+            axis.axis("off")
+        for axis, score in zip(axes.flat, scores, strict=False):
+            floor = table["floor" if score == "distance" else f"{score}_floor"]
+            if score == "distance":
+                axis.barh(
+                    places,
+                    table["floor_high"] - table["floor_low"],
+                    1,
+                    table["floor_low"],
+                    color="0.5",
+                    alpha=0.25,
+                    lw=0,
+                )
+                axis.hlines(places, table["low"], table["high"], color=SERIES_COLOURS[0], lw=2)
+            axis.plot(floor, places, "|", color="0.3", ms=12, mew=2, label="real, held out")
+            axis.plot(table[score], places, "o", color=SERIES_COLOURS[0], label="this set")
+            axis.set(title=score.replace("_", " "), yticks=places, yticklabels=table.index)
+            axis.set_ylim(len(table) - 0.5, -0.5)
+        handles, labels = axes.flat[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=2)
+    return figure
+
+
 def _draw_labels(axis, mask, outline):
     if outline:
         for name in ("myocardium", "LA", "LV cavity"):  # shared borders show the cavity's colour

@@ -336,8 +336,9 @@ def _finish(folder, metadata, described):
 def read_synthetic(folder, side):
     """(images, table) of a synthetic data set: (N, 1, side, side) float32 in [-1, 1], metadata.
 
-    Images of another size are resized with anti-aliasing. Raises DiffEchoError for a folder without
-    metadata, missing or unreadable images, and colour images.
+    Images of another size are resized with anti-aliasing, all of one size alike. Raises DiffEchoError
+    for a folder without metadata, classes that CAMUS does not have, missing or unreadable images,
+    colour images, and images of several sizes.
     """
     folder = Path(folder)
     path = folder / "metadata.csv"
@@ -351,7 +352,17 @@ def read_synthetic(folder, side):
         raise DiffEchoError(
             f"{path}: {f'lacks the columns {lost}' if lost else 'no rows'}; sample again"
         )
-    images = []
+    pairs = dict.fromkeys(zip(table["view"], table["phase"], strict=True))
+    unknown = [pair for pair in pairs if pair not in camus.CLASSES]
+    if unknown:
+        raise DiffEchoError(f"{path}: view and phase {unknown}, known are {camus.CLASSES}")
+    missing = [name for name in table["file_name"] if not (folder / name).is_file()]
+    if missing:
+        raise DiffEchoError(
+            f"{path}: {len(missing)} of the {len(table)} images it names are missing (first: "
+            f"{missing[0]}); copy them there, or sample again"
+        )
+    images, sizes = [], {}
     for name in table["file_name"]:
         try:
             picture = Image.open(folder / name)
@@ -364,9 +375,16 @@ def read_synthetic(folder, side):
             raise DiffEchoError(
                 f"{folder / name}: mode {picture.mode}, expected 8-bit grey (L); convert it"
             )
+        sizes.setdefault(picture.size, name)
         array = np.asarray(picture, dtype=np.float32)
         square, _, _ = data.to_square(array, np.zeros(array.shape), (1.0, 1.0), side)
         images.append(square[None])
+    if len(sizes) > 1:
+        found = ", ".join(f"{name} {w} x {h}" for (w, h), name in sizes.items())
+        raise DiffEchoError(
+            f"{folder}: images of several sizes ({found}); resize them all alike, since resizing "
+            "changes every distance"
+        )
     return torch.stack(images) / 127.5 - 1, table
 
 

@@ -1,11 +1,19 @@
 """Metrics against torchmetrics, closed forms and brute force."""
 
+import json
+import time
+
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from safetensors.numpy import load_file
+from sklearn.metrics.pairwise import polynomial_kernel
 from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.kid import poly_mmd
 
-from diffecho_utils import DiffEchoError, metrics, models
+from diffecho_utils import DiffEchoError, anatomy, assets, camus, metrics, models, sampling
+from diffecho_utils.__main__ import main
 
 
 class Features(torch.nn.Module):
@@ -133,3 +141,351 @@ def test_nearest_by_hand():
     )
     assert metrics.nearest(a, b) == pytest.approx([2 / 2**0.5, 0])
     assert metrics.nearest(a.view(2, 1, 2, 1), b.view(3, 1, 2, 1)) == pytest.approx([2 / 2**0.5, 0])
+
+
+@pytest.fixture(scope="module")
+def real():
+    """The shipped features of CAMUS's frames (chapter 03): a dict of arrays, features in float64."""
+    arrays = load_file(assets.features("camus", "cpu", "03_features"))
+    return arrays | {"features": arrays["features"].astype(float)}
+
+
+def panel_arguments(real, images, classes):
+    """What the panels take: these features against the shipped training and validation frames."""
+    known = real["split"] == 0
+    of = [(real["features"][rows], real["classes"][rows]) for rows in (known, ~known)]
+    return images, classes, *of[0], *of[1], real["patient"][~known]
+
+
+def test_shipped_features_give_what_torchmetrics_gives_to_six_digits(real):
+    known = real["split"] == 0
+    a, b = real["features"][~known][:, :64], real["features"][known][:, :64]
+    features = Features()
+    features.num_features = 64
+    fid = FrechetInceptionDistance(feature=features, normalize=False)
+    fid.set_dtype(torch.float64)
+    fid.update(torch.from_numpy(b), real=True)
+    fid.update(torch.from_numpy(a), real=False)
+    assert metrics.frechet_distance(a, b) == pytest.approx(fid.compute().item(), rel=1e-6)
+
+
+def test_a_fitted_reference_changes_nothing():
+    rng = np.random.default_rng(4)
+    for n, m in ((30, 20), (8, 500), (300, 200)):
+        a, b = rng.normal(size=(n, 12)), 2 * rng.normal(size=(m, 12)) + 1
+        plain = metrics.frechet_distance(a, b)
+        assert metrics.frechet_distance(a, metrics.fitted(b)) == plain
+        kept = metrics.fitted(b)
+        np.testing.assert_allclose(kept.root.T @ kept.root, np.cov(b.T), atol=1e-12)
+        assert metrics.frechet_at_infinity(a, kept) == metrics.frechet_at_infinity(a, b)
+    broken = rng.normal(size=(20, 3))
+    broken[7, 1] = np.nan
+    with pytest.raises(DiffEchoError, match="1 of 20 images are not finite .first: row 7"):
+        metrics.frechet_distance(broken, rng.normal(size=(20, 3)))
+
+
+def test_distance_panel_is_what_earlier_chapters_recorded(real):
+    """The floor of chapter 03's record, from the features that it shipped."""
+    rows = real["split"] == 1
+    found = metrics.distance_panel(
+        *panel_arguments(real, real["features"][rows], real["classes"][rows])
+    )
+    path = assets.record("camus", "cpu", "03_unconditional")
+    recorded = json.loads(path.read_text())["values"]["panel"]
+    for name in found.index:
+        for column in ("floor_n", "floor", "floor_low", "floor_high"):
+            assert found.loc[name, column] == pytest.approx(recorded[name][column], rel=1e-4)
+
+
+def test_kernel_distance_agrees_with_torchmetrics_and_scikit_learn():
+    rng = np.random.default_rng(5)
+    a, b = rng.normal(size=(40, 7)), 1.3 * rng.normal(size=(40, 7)) + 0.2
+    theirs = poly_mmd(torch.from_numpy(b), torch.from_numpy(a)).item()
+    assert metrics.kernel_distance(a, b) == pytest.approx(theirs, rel=1e-9)
+    within, across = polynomial_kernel(b, degree=3), polynomial_kernel(a[:25], b, degree=3)
+    pairs = [polynomial_kernel(a[:25], degree=3), within]
+    means = [(k.sum() - np.trace(k)) / (len(k) * (len(k) - 1)) for k in pairs]
+    expected = sum(means) - 2 * across.mean()
+    assert metrics.kernel_distance(a[:25], b) == pytest.approx(expected, rel=1e-9)
+    with pytest.raises(DiffEchoError, match="a kernel distance .* at least 2 images"):
+        metrics.kernel_distance(a[:1], b)
+
+
+def test_kernel_distance_has_no_bias():
+    rng = np.random.default_rng(6)
+    b = rng.normal(size=(500, 10))
+    small = [metrics.kernel_distance(rng.normal(size=(12, 10)), b) for _ in range(200)]
+    assert abs(np.mean(small)) < 3 * np.std(small) / len(small) ** 0.5 and np.min(small) < 0
+
+
+@pytest.mark.parametrize(
+    ("k", "published"),
+    # Of prdc 0.2 by the authors of density and coverage (Naeem et al. 2020), on these features
+    [
+        (3, {"precision": 0.925, "recall": 0.566666667, "density": 1.145833333, "coverage": 0.683333333}),
+        (5, {"precision": 0.95, "recall": 0.683333333, "density": 1.2225, "coverage": 0.875}),
+    ],
+)  # fmt: skip
+def test_precision_recall_density_coverage_are_the_published_implementations(k, published):
+    rng = np.random.default_rng(0)
+    b, a = rng.normal(size=(120, 8)), 0.8 * rng.normal(size=(80, 8)) + 0.3
+    assert metrics.manifold_scores(a, b, k) == pytest.approx(published, abs=1e-8)
+    with pytest.raises(DiffEchoError, match=f"k = {k} .* at least {k + 1} images"):
+        metrics.manifold_scores(a[:k], b, k)
+
+
+def test_scores_tell_a_lost_mode_from_a_stray():
+    rng = np.random.default_rng(7)
+    b = np.concatenate([rng.normal(size=(100, 2)), rng.normal(size=(100, 2)) + 20])
+    one_mode, strays = rng.normal(size=(100, 2)), b + [0, 10]
+    lost = metrics.manifold_scores(one_mode, b)
+    assert lost["precision"] > 0.9 and lost["recall"] < 0.6 and lost["coverage"] < 0.6
+    assert metrics.manifold_scores(strays, b)["precision"] < 0.05
+
+
+def test_panel_of_eight_hundred_images(real):
+    """All scores in a minute on two cores; a copy of training frames is found out."""
+    known = np.flatnonzero(real["split"] == 0)
+    rng = np.random.default_rng(8)
+    copied = np.concatenate(
+        [rng.choice(known[real["classes"][known] == c], 200, replace=False) for c in range(4)]
+    )
+    images, classes = real["features"][copied], real["classes"][copied]
+    started = time.process_time()
+    table = metrics.panel(*panel_arguments(real, images, classes))
+    assert time.process_time() - started < 120  # processor seconds: a minute of two cores
+    assert (table["distance"] < table["floor"]).all()  # a good distance,
+    assert (table["nearest"] < 1e-6).all() and (table["nearest_floor"] > 0.01).all()  # for copies
+    plain = metrics.distance_panel(*panel_arguments(real, images, classes))
+    assert table[plain.columns].equals(plain)
+    for name in ("kernel", "precision", "recall", "density", "coverage"):
+        assert table[[name, f"{name}_floor"]].notna().all(axis=None)
+
+
+def test_panel_leaves_out_what_a_class_is_too_small_for(real):
+    rows = np.flatnonzero(real["split"] == 1)
+    few = np.concatenate([rows[real["classes"][rows] == c][: 5 if c else 20] for c in range(4)])
+    table = metrics.panel(*panel_arguments(real, real["features"][few], real["classes"][few]))
+    assert table["precision"].notna().tolist() == [True, False, False, False, True]
+    assert table["precision_floor"].notna().all() and table["kernel"].notna().all()
+
+
+def test_hook_hears_what_the_last_layer_is_given(frames):
+    classifier = models.load_network(assets.checkpoint("camus", "classifier"))
+    found = metrics.network_features(classifier, frames.images[:10], batch=4)
+    assert found.shape == (10, 128) and found.dtype == np.float64
+    with torch.no_grad():
+        logits = classifier.fc(torch.from_numpy(found).float())
+        torch.testing.assert_close(logits, classifier(frames.images[:10]))
+    assert not classifier.fc._forward_pre_hooks
+
+    def seconds(call):
+        started = time.process_time()
+        call()
+        return time.process_time() - started
+
+    images = frames.images.repeat(5, 1, 1, 1)
+    with torch.no_grad():
+        alone = min(seconds(lambda: [classifier(x) for x in images.split(64)]) for _ in range(5))
+    ours = min(seconds(lambda: metrics.network_features(classifier, images)) for _ in range(5))
+    assert ours < 1.2 * alone
+
+
+def test_vectors_of_clip_are_its_image_embeddings(frames):
+    clip, tokenizer = models.load_clip(assets.checkpoint("camus", "clip"))
+    images = torch.nn.functional.interpolate(frames.images[:3], 128)
+    with torch.no_grad():
+        ids = models.tokens(tokenizer, ["a heart"])
+        theirs = clip(input_ids=ids, pixel_values=images).image_embeds.double().numpy()
+    np.testing.assert_allclose(metrics.clip_features(clip, images), theirs, atol=1e-5)
+    assert metrics.clip_features(clip, frames.images[:3]).shape == (3, 128)  # 64 pixels
+
+
+class StandIn(torch.nn.Module):
+    """Called as StyleGAN's TorchScript Inception is; keeps the mean of each channel."""
+
+    def forward(self, images: torch.Tensor, return_features: bool = False) -> torch.Tensor:
+        means = images.float().mean((2, 3))
+        return means if return_features else -means
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_inception_from_a_local_file(frames, tmp_path):
+    path = tmp_path / "stand-in.pt"
+    torch.jit.script(StandIn()).save(path)
+    images = frames.images[:5]
+    found = metrics.inception_features(metrics.load_inception(path), images, batch=2)
+    grey = ((images + 1) * 127.5).round().mean((1, 2, 3)).numpy()
+    np.testing.assert_allclose(found, np.repeat(grey[:, None], 3, axis=1), rtol=1e-5)
+    path.write_bytes(b"no network")
+    with pytest.raises(DiffEchoError, match="stand-in.pt: no TorchScript file"):
+        metrics.load_inception(path)
+
+
+def test_inception_by_torchmetrics(frames, monkeypatch):
+    """Without torch-fidelity it says what to do; with it, images reach it as 8-bit RGB."""
+    given = []
+
+    class Fidelity(torch.nn.Module):
+        def __init__(self, name, features_list):
+            super().__init__()
+            given.extend([name, features_list])
+
+        def forward(self, images):
+            assert images.dtype == torch.uint8 and images.shape[1:] == (3, 64, 64)
+            return images.float().mean((2, 3))
+
+    monkeypatch.setattr(metrics, "NoTrainInceptionV3", Fidelity)
+    found = metrics.inception_features(metrics.load_inception(), frames.images[:3])
+    assert found.shape == (3, 3) and given == ["inception-v3-compat", ["2048"]]
+
+    def missing(**settings):
+        raise ModuleNotFoundError("requires that `Torch-fidelity` is installed")
+
+    monkeypatch.setattr(metrics, "NoTrainInceptionV3", missing)
+    with pytest.raises(DiffEchoError, match="install torch-fidelity, or give a file"):
+        metrics.load_inception()
+
+
+def test_self_similarity(frames):
+    alike = frames.images[:1].repeat(4, 1, 1, 1)
+    assert metrics.self_similarity(alike) == pytest.approx(1)
+    different = metrics.self_similarity(frames.images[:6])
+    pairs = [
+        metrics.ms_ssim(frames.images[i : i + 1], frames.images[j : j + 1]).item()
+        for i in range(6)
+        for j in range(i)
+    ]
+    assert different == pytest.approx(np.mean(pairs), abs=1e-5) and different < 0.9
+    assert metrics.self_similarity(frames.images[:6], pairs=3, seed=1) != pytest.approx(different)
+
+
+def test_spoilt_frames(frames):
+    images = frames.images[:6]
+    changed = metrics.spoilt(images)
+    assert all(x.shape == images.shape and x.abs().max() <= 1 for x in changed.values())
+    away = {name: (x - images).abs().max().item() for name, x in changed.items()}
+    assert away["as they are"] == 0 and away["8 bits"] == away["grey, colour, grey"] <= 1 / 255
+    coarse, fine = ((changed[f"JPEG, quality {q}"] - images).square().mean() for q in (25, 75))
+    assert coarse > fine > 0
+    full = changed["stretched to full range"].flatten(1)
+    torch.testing.assert_close(full.amin(1), -torch.ones(6))
+    torch.testing.assert_close(full.amax(1), torch.ones(6))
+    mirrored = changed["every second one mirrored"]
+    assert torch.equal(mirrored[::2], images[::2])
+    assert torch.equal(mirrored[1::2], images[1::2].flip(-1))
+
+
+def test_ejection_fractions_of_other_label_maps(frames):
+    asked = metrics.ejection_fractions(frames, frames.masks)
+    direct = anatomy.patients_ef(frames).set_index("patient")["ef"]
+    assert asked.to_dict() == pytest.approx(direct.to_dict())
+    lost = frames.masks.clone()
+    rows = (frames.table["patient"] == asked.index[3]).to_numpy()
+    lost[rows] = 0
+    read = metrics.ejection_fractions(frames, lost)
+    assert read.isna().tolist() == [i == 3 for i in range(10)]
+    pd.testing.assert_series_equal(read.drop(asked.index[3]), asked.drop(asked.index[3]))
+
+
+def test_images_that_say_nothing_are_refused(frames):
+    images = frames.images[:4].clone()
+    metrics.check_images(images)
+    images[2] = 0.25
+    with pytest.raises(DiffEchoError, match="1 of 4 images are of one grey value .*first: c.png"):
+        metrics.check_images(images, names=["a.png", "b.png", "c.png", "d.png"])
+    images[1, 0, 3, 3] = torch.nan
+    with pytest.raises(DiffEchoError, match="1 of 4 images are not finite .first: image 1"):
+        metrics.check_images(images)
+    with pytest.raises(DiffEchoError, match="1 images: needs at least 2"):
+        metrics.self_similarity(frames.images[:1])
+
+
+@pytest.fixture
+def synthetic(frames, tmp_path):
+    """A set of ten images a class with label maps, as `sample` writes them: frames of the phantom."""
+    order = np.argsort(frames.classes.numpy(), kind="stable")
+    folder, lines = tmp_path / "set", ["file_name,view,phase,prompt,seed,label_map"]
+    (folder / "label_maps").mkdir(parents=True)
+    (folder / "images").mkdir()
+    for i, row in enumerate(order):
+        sampling.save_image(frames.images[row], folder / f"images/{i}.png")
+        sampling._save_grey(frames.masks[row].numpy(), folder / f"label_maps/{i}.png")
+        view, phase = camus.CLASSES[frames.classes[row]]
+        lines.append(f"images/{i}.png,{view},{phase},,{i},label_maps/{i}.png")
+    (folder / "metadata.csv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def evaluate(folder, root, *more):
+    lists = root / "database_split"
+    patients = sorted(p.name for p in (root / "database_nifti").iterdir())
+    for name, part in (("training", patients[:6]), ("validation", patients[6:])):
+        (lists / f"subgroup_{name}.txt").write_text("\n".join(part) + "\n")
+    (lists / "subgroup_testing.txt").unlink(missing_ok=True)
+    given = ["--data", str(root), "--profile", "smoke", *map(str, more)]
+    return main(["evaluate", str(folder), *given])
+
+
+def test_evaluate_prints_writes_and_draws(synthetic, broken_root, tmp_path, capsys):
+    paths = [tmp_path / "made" / name for name in ("report.json", "panel.png")]
+    more = ["--features", "classifier", "--json", paths[0], "--figure", paths[1]]
+    assert evaluate(synthetic, broken_root, *more) == 0
+    printed = capsys.readouterr().out
+    values = json.loads(paths[0].read_text())["values"]
+    assert list(values) == [*camus.CLASS_NAMES, "all"]
+    for name in ("distance", "at_infinity", "kernel", "precision", "nearest", "similarity", "dice"):
+        assert name in printed and values["all"][name] is not None
+        assert name == "at_infinity" or values["all"].get(f"{name}_floor", 0) is not None
+    assert values["all"]["nearest"] < 0.01  # six of its ten patients are the training patients
+    assert "40 images, features of the classifier" in printed
+    assert paths[1].read_bytes().startswith(b"\x89PNG")
+    assert evaluate(synthetic, broken_root, "--figure", tmp_path / "panel.xyz") == 1
+    assert "panel.xyz: a figure ends in one of .png" in capsys.readouterr().err
+
+
+def refused(synthetic, root, capsys, *more):
+    assert evaluate(synthetic, root, *more) == 1
+    return capsys.readouterr().err
+
+
+def test_evaluate_refuses_what_it_cannot_judge(synthetic, broken_root, capsys):
+    metadata = synthetic / "metadata.csv"
+    lines = metadata.read_text().splitlines()
+    metadata.write_text("\n".join(lines[:4] + lines[11:]) + "\n")  # three of class 2CH-ED
+    message = refused(synthetic, broken_root, capsys)
+    assert "2CH-ED: a Frechet distance needs 4 images of each" in message
+    assert "'generated': 3" in message
+    metadata.write_text("\n".join(lines) + "\n")
+    message = refused(synthetic, broken_root, capsys, "--split", "testing")
+    assert "split=testing" in message and "{'training': 6, 'validation': 4}" in message
+    (synthetic / "label_maps/3.png").unlink()
+    message = refused(synthetic, broken_root, capsys)
+    assert "label_maps/3.png: label map named in metadata.csv" in message
+    grey = torch.full((1, 64, 64), 0.3)
+    sampling.save_image(grey, synthetic / "images/4.png")
+    message = refused(synthetic, broken_root, capsys)
+    assert "1 of 40 images are of one grey value" in message and "images/4.png" in message
+    sampling.save_image(torch.rand(1, 32, 32), synthetic / "images/4.png")
+    message = refused(synthetic, broken_root, capsys)
+    assert "images of several sizes (images/0.png 64 x 64, images/4.png 32 x 32)" in message
+    metadata.write_text("\n".join([*lines, "images/90.png,2CH,ED,,0,", "images/91.png,2CH,ED,,0,"]))
+    assert "2 of the 42 images it names are missing (first: images/90" in refused(
+        synthetic, broken_root, capsys
+    )
+    metadata.write_text("\n".join([*lines, "images/0.png,3CH,ED,,0,"]))
+    assert "view and phase [('3CH', 'ED')]" in refused(synthetic, broken_root, capsys)
+
+
+def test_label_drawn_elsewhere_is_seen(synthetic, broken_root, tmp_path):
+    """Dice falls when the label maps are those of other images."""
+    reports = [tmp_path / "right.json", tmp_path / "wrong.json"]
+    assert evaluate(synthetic, broken_root, "--json", reports[0]) == 0
+    for i in range(5):
+        one, other = (synthetic / f"label_maps/{k}.png" for k in (i, 30 + i))
+        pixels = one.read_bytes()
+        one.write_bytes(other.read_bytes())
+        other.write_bytes(pixels)
+    assert evaluate(synthetic, broken_root, "--json", reports[1]) == 0
+    right, wrong = (json.loads(p.read_text())["values"]["2CH-ED"]["dice"] for p in reports)
+    assert wrong < right
