@@ -243,7 +243,11 @@ def build_classifier(profile):
 
 
 def build_scheduler(prediction="v_prediction"):
-    """Stable Diffusion's noise schedule; prediction: that of the velocity (Salimans and Ho 2022), or "epsilon"."""
+    """Stable Diffusion's noise schedule, sampled from its last timestep on ("trailing").
+
+    prediction: of the velocity (Salimans and Ho 2022) or of the noise, "epsilon". Stable Diffusion's
+    own spacing, "leading", starts few steps well below pure noise (Lin et al. 2024; chapter 07).
+    """
     return DDPMScheduler(
         num_train_timesteps=1000,
         beta_start=0.00085,
@@ -251,6 +255,7 @@ def build_scheduler(prediction="v_prediction"):
         beta_schedule="scaled_linear",
         prediction_type=prediction,
         clip_sample=False,
+        timestep_spacing="trailing",
     )
 
 
