@@ -6,8 +6,8 @@
 Each generator draws one image for each frame of the validation patients, in three runs of seeds, as in
 generators.py. The second form only writes what the real frames look like to the encoders, which
 chapter 08 reads in place of the frames: 08_features.safetensors. The first also writes
-fid_analysis.json, beside it. Images are kept in _build/fid_analysis, so that an interrupted run,
-started again, goes on.
+fid_analysis.json, beside it. Images are kept in _build/drawn, which
+generators.py shares, so that an interrupted run, started again, goes on.
 """
 
 import argparse
@@ -17,8 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from generators import GUIDANCE, RUNS, closeness, draw, judged, patients, spread
-from safetensors.torch import load_file
+from generators import RUNS, closeness, drawn, judged, patients, spread
 
 from diffecho_utils import (
     anatomy,
@@ -61,7 +60,7 @@ def main():
     if options.features_only:
         return
     measured = [name for name in real if name != "latents"]
-    values = {"frames": len(unseen), "steps": profile.sampling_steps, "guidance": GUIDANCE}
+    values = {"frames": len(unseen), "steps": profile.sampling_steps}
     values["real"] = {
         "images": of_images(unseen.images, unseen, encoders, masked=True),
         "nearest": closeness(
@@ -71,7 +70,8 @@ def main():
     }
     values["panel"] = {name: {} for name in measured}
     for model in models.GENERATORS:
-        runs = [drawn(model, unseen, profile.sampling_steps, seed) for seed in RUNS]
+        generator = models.load_generator(assets.checkpoint("camus", model))
+        runs = [drawn(generator, unseen, profile.sampling_steps, seed) for seed in RUNS]
         masked = "masks" in sampling.CONDITIONS[model]
         whole = [of_images(images, unseen, encoders, masked) for images in runs]
         values[model] = {"images": gathered(whole)}
@@ -152,19 +152,6 @@ def digest(folder):
     for path in sorted(folder.glob("*.safetensors")):
         content.update(path.read_bytes())
     return content.hexdigest()
-
-
-def drawn(model, frames, steps, seed):
-    """The images of one run, from _build/fid_analysis if they are there: rounded to 8 bits."""
-    folder = assets.checkpoint("camus", model)
-    key = hashlib.sha256((folder / "training.json").read_bytes()).hexdigest()[:8]
-    name = f"{model}-{key}-{len(frames)}-{steps}-{seed}.safetensors"
-    path = assets.workspace() / "fid_analysis" / name
-    if not path.is_file():
-        images, seconds = draw(models.load_generator(folder), frames, steps, seed)
-        data.save_tensors(path, {"images": ((images + 1) * 127.5).round().byte()})
-        print(f"{path.name}: {seconds:.2f} s an image", flush=True)
-    return load_file(path)["images"].float() / 127.5 - 1
 
 
 def of_images(images, frames, encoders, masked):

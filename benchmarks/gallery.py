@@ -9,7 +9,7 @@ those of the phantom frame on top of its column.
 
 import torch
 
-from diffecho_utils import assets, camus, data, models, phantom, plots, profiles, prompts, sampling
+from diffecho_utils import assets, camus, data, models, phantom, plots, profiles, sampling
 
 GENERATORS = {"unconditional": "class", "text": "text", "text-seg": "text + map", "sdm": "SDM"}
 
@@ -22,20 +22,15 @@ def main():
     rows = rows.sort_values(["view", "phase", "patient"])
     # Stretched to a square, as the frames were that the generators learned from.
     frames = data.load_frames(rows, profile.side, keep_aspect=False)
-    given = {
-        "classes": frames.classes,
-        "prompts": prompts.make(prompts.facts(frames)),
-        "masks": frames.masks,
-    }
     pictures = [frames.images]
     titles = [f"{camus.CLASS_NAMES[c]}, phantom" for c in frames.classes]
     for model, name in GENERATORS.items():
         folder = assets.root() / "data" / "checkpoints" / "camus" / model
         if folder.is_dir():
-            conditions = {key: given[key] for key in sampling.CONDITIONS[model]}
             seeds = range(len(frames))
             generator = models.load_generator(folder)
-            pictures.append(sampling.sample(generator, seeds, profile.sampling_steps, **conditions))
+            dials = {"guidance": generator.guidance} | sampling.told(model, frames)
+            pictures.append(sampling.sample(generator, seeds, profile.sampling_steps, **dials))
             titles += [f"{name}, seed {seed}" for seed in seeds]
     empty = torch.zeros(sum(map(len, pictures[1:])), *frames.masks.shape[1:])
     masks = torch.cat([frames.masks, empty])

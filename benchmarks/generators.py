@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 from diffusers import DDIMScheduler, DDPMScheduler, PNDMScheduler
+from safetensors.torch import load_file
 
 from diffecho_utils import (
     assets,
@@ -25,14 +26,10 @@ from diffecho_utils import (
     metrics,
     models,
     profiles,
-    prompts,
     results,
     sampling,
 )
 
-TEMPLATES = {"text": "paper", "text-seg": "paper-seg"}
-# The others: 1. That of the SDM, and the strength of the ControlNet, are `benchmarks/strength.py`'s choice.
-GUIDANCE = {"text": 3.0}  # as chapter 04 draws
 RUNS = (1000, 2000, 3000)  # seed of each run's first image
 # Solver and steps of the paper's own sampling, for each of its models.
 PAPER = {
@@ -53,8 +50,6 @@ def main():
         data.load_frames(camus.select(table, split), profile.side, cache_dir=cache)
         for split in ("training", "validation")
     )
-    dials = results.load(assets.record("camus", "cpu", "strength"))["values"]["chosen"]
-    GUIDANCE["sdm"] = dials["sdm"]
     judges = [
         models.load_network(assets.checkpoint("camus", name))
         for name in ("segmenter", "classifier")
@@ -67,14 +62,15 @@ def main():
         "floor": distances(real[1], unseen.classes, real[0], known.classes, patients(unseen)),
         "nearest": closeness(real[1], real[0], patients(unseen)),
     }
-    values = {"frames": len(unseen), "steps": profile.sampling_steps, "guidance": GUIDANCE}
+    values = {"frames": len(unseen), "steps": profile.sampling_steps, "guidance": {}}
     values |= {"real": yardstick | judged(unseen.images, unseen, judges, masked=True)}
     faster = {}
     for model in models.GENERATORS:
         generator = models.load_generator(assets.checkpoint("camus", model))
-        drawn = [draw(generator, unseen, profile.sampling_steps, seed)[0] for seed in RUNS]
-        latents = [data.encode(vae, images) for images in drawn]
-        scores = [judged(x, unseen, judges, "masks" in sampling.CONDITIONS[model]) for x in drawn]
+        values["guidance"][model] = generator.guidance
+        runs = [drawn(generator, unseen, profile.sampling_steps, seed) for seed in RUNS]
+        latents = [data.encode(vae, images) for images in runs]
+        scores = [judged(x, unseen, judges, "masks" in sampling.CONDITIONS[model]) for x in runs]
         away = [distances(x, unseen.classes, real[0], known.classes) for x in latents]
         values[model] = {name: spread([s[name] for s in scores]) for name in scores[0]}
         values[model]["distance"] = {name: spread([a[name] for a in away]) for name in away[0]}
@@ -115,23 +111,27 @@ def patients(frames):
     return frames.table["patient"].to_numpy()
 
 
+def drawn(generator, frames, steps, seed):
+    """One image for each frame, from _build/drawn if they are there: rounded to 8 bits."""
+    key = f"{sampling.digest(generator)}-{generator.guidance:g}-{len(frames)}-{steps}-{seed}"
+    path = assets.workspace() / "drawn" / f"{generator.model}-{key}.safetensors"
+    if not path.is_file():
+        images, _ = draw(generator, frames, steps, seed)
+        data.save_tensors(path, {"images": ((images + 1) * 127.5).round().byte()})
+    return load_file(path)["images"].float() / 127.5 - 1
+
+
 def draw(generator, frames, steps, seed, solver=None):
     """(images, seconds an image): one for each frame, told what its generator is told."""
-    told = {
-        "classes": frames.classes.numpy(),
-        "prompts": prompts.make(frames.table, TEMPLATES.get(generator.model, "paper")),
-        "masks": frames.masks,
-    }
-    told = {name: told[name] for name in sampling.CONDITIONS[generator.model]}
     scheduler = solver and solver.from_config(generator.scheduler.config)
     started = time.perf_counter()
     images = sampling.sample(
         generator,
         seed + np.arange(len(frames)),
         steps,
-        guidance=GUIDANCE.get(generator.model, 1.0),
+        guidance=generator.guidance,
         scheduler=scheduler,
-        **told,
+        **sampling.told(generator.model, frames),
     )
     return images, (time.perf_counter() - started) / len(frames)
 

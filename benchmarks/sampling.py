@@ -28,7 +28,6 @@ from diffecho_utils import (
     metrics,
     models,
     profiles,
-    prompts,
     results,
     sampling,
 )
@@ -39,7 +38,7 @@ STEPS = (5, 10, 20, 50, 100)
 SPACED = ("DPM-Solver++", "DDIM", "UniPC", "DDPM")
 LONGEST = ("DPM-Solver++", "DDPM")  # at a hundred steps: one that has long converged, one not
 INTERVALS = ((0, 333), (333, 666), (666, 999))
-SCALES = {"text": (1.0, 2.0, 3.0, 5.0, 8.0), "sdm": (1.0, 1.5, 3.0, 5.0)}
+SCALES = {"text": (1.0, 2.0, 3.0, 5.0, 8.0), "sdm": (1.0, 1.5, 2.0, 3.0, 5.0)}
 STRONG = {"text": 5.0, "sdm": 3.0}  # the scale that the intervals are tried at
 
 
@@ -80,10 +79,10 @@ def main():
 def rows(counts, guided_steps, frames):
     """What to measure, the most telling first: (kind, name, arguments of `Meter.row`)."""
     trailing = [(solver, n, "trailing") for n in sorted(counts) if n <= 50 for solver in SPACED]
-    # The book's default: the spacing in the checkpoints' configuration.
+    # Stable Diffusion's own spacing, for comparison.
     leading = [("DPM-Solver++", n, "leading") for n in sorted(counts) if n <= 20]
     last = [(solver, n, "trailing") for n in sorted(counts) if n > 50 for solver in LONGEST]
-    yield from map(solver_row, trailing + leading)
+    yield from map(solver_row, leading + trailing)
     patients = frames.table["patient"].to_numpy()
     half = np.isin(patients, list(dict.fromkeys(patients))[::2])
     for model, scales in SCALES.items():
@@ -125,7 +124,7 @@ class Meter:
         folders = {name: assets.checkpoint("camus", name) for name in SCALES}
         self.frames = frames
         self.generators = {name: models.load_generator(path) for name, path in folders.items()}
-        self.weights = {name: sampling.weights_digest(g) for name, g in self.generators.items()}
+        self.weights = {name: sampling.digest(g) for name, g in self.generators.items()}
         self.segmenter, self.classifier = (
             models.load_network(assets.checkpoint("camus", name))
             for name in ("segmenter", "classifier")
@@ -143,15 +142,15 @@ class Meter:
         model,
         steps,
         solver="DPM-Solver++",
-        spacing="leading",
-        guidance=1.0,
+        spacing="trailing",
+        guidance=None,
         interval=None,
         keep=None,
     ):
         """Draw the frames to keep and measure them: one row of the record."""
         keep = np.full(len(self.frames), True) if keep is None else keep
         generator, asked = self.generators[model], self.frames.where(keep)
-        told = {"masks": asked.masks, "prompts": prompts.make(asked.table, "paper")}
+        guidance = generator.guidance if guidance is None else guidance
         scheduler = sampling.SOLVERS[solver].from_config(
             generator.scheduler.config, timestep_spacing=spacing
         )
@@ -163,7 +162,7 @@ class Meter:
             guidance=guidance,
             guidance_interval=interval,
             scheduler=scheduler,
-            **{name: told[name] for name in sampling.CONDITIONS[model]},
+            **sampling.told(model, asked),
         )
         seconds = (time.perf_counter() - begun) / len(images)
         found = metrics.features(generator.vae, images)

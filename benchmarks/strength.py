@@ -6,7 +6,7 @@ The ControlNet's advice can be multiplied (its strength), the SDM's label map ca
 map (its guidance). Both raise the Dice of what is drawn, and turned too far both spoil the picture. So both
 are set by one rule, on 80 frames of training patients: the largest value at which the Frechet distance to the
 other training frames is no larger than at 1. Written to data/results/camus/cpu/strength.json, which
-chapters 05 and 06 show; the shipped text-seg checkpoint's training.json holds the strength.
+chapters 05 and 06 show; the shipped checkpoints' training.json hold the strength and the guidance.
 """
 
 import argparse

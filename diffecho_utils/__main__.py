@@ -150,17 +150,14 @@ def _train_line(options):
 
 
 def sample_command(options):
-    import torch
-    from accelerate import PartialState
-
     from diffecho_utils import assets, data, models, sampling
 
     generator = models.load_generator(options.checkpoint)
     made = models.read_training(options.checkpoint)
     if generator.model != options.model:
         raise DiffEchoError(f"{options.checkpoint}: a checkpoint of {generator.model}")
-    state = PartialState()
-    generator.to(state.device if torch.cuda.is_available() else "cpu")
+    state = sampling.processes()
+    generator.to(state.device)
     facts = {key: made.get(key) for key in ("world", "profile", "commit")}
     frames = None
     if options.masks:
@@ -177,7 +174,7 @@ def sample_command(options):
         *planned,
         options.steps,
         seed=options.seed,
-        guidance=options.guidance,
+        guidance=generator.guidance if options.guidance is None else options.guidance,
         guidance_interval=options.guidance_interval,
         solver=options.solver,
         facts=facts,
@@ -453,10 +450,12 @@ def _parser():
     sub.add_argument("--masks", type=Path, metavar="ROOT", help="a CAMUS folder: its label maps")
     sub.add_argument("--split", default="training", choices=camus.SPLITS, help="of the label maps")
     sub.add_argument(
-        "--template", default="paper", choices=prompts.TEMPLATES, help="of the prompts"
+        "--template", choices=prompts.TEMPLATES, help="of the prompts; default: the paper's"
     )
     sub.add_argument(
-        "--guidance", type=float, default=1.0, help="weight of the condition; 1: as is"
+        "--guidance",
+        type=float,
+        help="weight of the condition; 1: as trained; default: the checkpoint's",
     )
     sub.add_argument(
         "--guidance-interval",

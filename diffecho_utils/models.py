@@ -393,7 +393,7 @@ class Generator:
     """What sampling needs: a denoiser, its noise schedule, the autoencoder, and the words' encoder.
 
     `text` is None for generators that read no prompts, `vae` for those that diffuse pixels.
-    `latent_shape` is (C, h, w) of one latent.
+    `latent_shape` is (C, h, w) of one latent; `guidance` the scale its training.json recommends.
     """
 
     model: str
@@ -402,6 +402,7 @@ class Generator:
     vae: AutoencoderKL | None
     latent_shape: tuple[int, int, int]
     text: TextEncoder | None = None
+    guidance: float = 1.0
 
     def to(self, device):
         """Move all its networks; returns the generator."""
@@ -487,11 +488,12 @@ def load_generator(folder):
     Raises DiffEchoError where one of those is missing or is not the one of the training.
     """
     folder = Path(folder)
-    model = read_training(folder).get("model")
+    made = read_training(folder)
+    model = made.get("model")
     if model not in GENERATORS:
         raise DiffEchoError(f"{folder}: a checkpoint of {model!r}, no generator ({GENERATORS})")
     base = needed(folder, "text") if model == "text-seg" else folder
-    pixels = model == "unconditional" and not read_training(folder).get("needs")
+    pixels = model == "unconditional" and not made.get("needs")
     vae = None if pixels else load_autoencoder(needed(base, "autoencoder"))
     text = None
     if model == "unconditional":
@@ -507,9 +509,8 @@ def load_generator(folder):
         denoiser = TextGuided(unet)
         if model == "text-seg":
             controlnet = _load(ControlNetModel, folder / "controlnet")
-            strength = read_training(folder).get("strength", 1.0)
-            denoiser = TextSegmentationGuided(unet, controlnet, strength)
-    side = read_training(folder)["latent_side"]
+            denoiser = TextSegmentationGuided(unet, controlnet, made.get("strength", 1.0))
+    side = made["latent_side"]
     return Generator(
         model,
         denoiser.eval().to(memory_format=torch.channels_last),  # a fifth faster on a CPU
@@ -517,6 +518,7 @@ def load_generator(folder):
         vae,
         (config["in_channels"], side, side),
         text,
+        made.get("guidance", 1.0),
     )
 
 

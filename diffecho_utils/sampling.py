@@ -36,6 +36,9 @@ CONDITIONS = {
     "sdm": {"masks"},
 }
 
+# The paper's sentences for those that read one.
+TEMPLATES = {"text": "paper", "text-seg": "paper-seg"}
+
 # Chapter 07 writes each of them by hand; build one by `.from_config(generator.scheduler.config)`.
 SOLVERS = {
     "DDPM": DDPMScheduler,
@@ -166,13 +169,23 @@ def _noise(streams, shape):
     return torch.stack([torch.randn(shape, generator=stream) for stream in streams])
 
 
-def plan(model, count, frames=None, template="paper"):
+def told(model, frames):
+    """What a generator of `model` is told of `frames` (data.Frames): the conditions of `sample`."""
+    known = {"classes": frames.classes, "masks": frames.masks}
+    if model in TEMPLATES:
+        known["prompts"] = prompts.make(frames.table, TEMPLATES[model])
+    return {name: known[name] for name in CONDITIONS[model]}
+
+
+def plan(model, count, frames=None, template=None):
     """What to draw: (table, masks) for `count` images of each class.
 
-    table: view, phase and prompt of each image ("" for generators that read none). masks: (N, H, W)
+    table: view, phase and prompt of each image ("" for generators that read none); template: of the
+    prompts, by default `TEMPLATES`. masks: (N, H, W)
     uint8 label maps for generators that are told them, else None: those of `frames` (data.Frames),
     class by class in their order, over again where there are fewer than `count`.
     """
+    template = template or TEMPLATES.get(model)
     classes = np.repeat(np.arange(len(camus.CLASSES)), count)
     table = pd.DataFrame([camus.CLASSES[c] for c in classes], columns=["view", "phase"])
     wanted, masks = "prompts" in CONDITIONS[model], None
@@ -223,7 +236,7 @@ def write_synthetic(
     """
     if solver not in SOLVERS:
         raise DiffEchoError(f"no solver {solver!r}; choose one of {', '.join(SOLVERS)}")
-    folder, n, state = Path(folder), len(table), PartialState()
+    folder, n, state = Path(folder), len(table), processes()
     known = {
         "classes": camus.class_index(table),
         "prompts": table["prompt"].to_numpy(),
@@ -247,7 +260,7 @@ def write_synthetic(
     settings = {"model": generator.model, "solver": solver, "steps": steps, "seed": seed}
     settings |= {"guidance": guidance}
     settings |= {"guidance_interval": guidance_interval and list(guidance_interval)}
-    settings |= {"planned": _digest(metadata, masks), "weights": weights_digest(generator)}
+    settings |= {"planned": _plan_digest(metadata, masks), "generator": digest(generator)}
     counts = metadata.groupby(["view", "phase"], sort=False).size()
     described = {
         "settings": settings | (facts or {}),
@@ -286,6 +299,11 @@ def write_synthetic(
     if state.is_main_process:
         _finish(folder, metadata, described)
     return metadata
+
+
+def processes():
+    """The processes of `accelerate launch`, with or without GPUs; one without it."""
+    return PartialState(cpu=not torch.cuda.is_available())
 
 
 def _claim(folder, described, with_masks):
@@ -388,9 +406,10 @@ def read_synthetic(folder, side):
     return torch.stack(images) / 127.5 - 1, table
 
 
-def weights_digest(generator):
-    """Sixteen hexadecimal digits that change with any weight of the generator."""
-    content = hashlib.sha256()
+def digest(generator):
+    """Sixteen hexadecimal digits that change with any weight of the generator, and with its dials."""
+    dials = [dict(generator.scheduler.config), getattr(generator.denoiser, "strength", 1.0)]
+    content = hashlib.sha256(json.dumps(dials, sort_keys=True, default=str).encode())
     for network in (generator.denoiser, generator.vae, generator.text and generator.text.model):
         for tensor in network.state_dict().values() if network is not None else ():
             content.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
@@ -409,7 +428,7 @@ def _save_grey(pixels, path):
     os.replace(beside, path)
 
 
-def _digest(metadata, masks):
+def _plan_digest(metadata, masks):
     """What fixes the images beside the settings, in short: a set of another plan is another set."""
     content = hashlib.sha256(metadata.to_csv(index=False).encode())
     if masks is not None:

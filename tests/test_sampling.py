@@ -19,7 +19,7 @@ from diffusers import (
 )
 from PIL import Image
 
-from diffecho_utils import DiffEchoError, camus, models, sampling
+from diffecho_utils import DiffEchoError, assets, camus, models, results, sampling
 from diffecho_utils.__main__ import main
 
 
@@ -199,7 +199,7 @@ def test_a_hole_is_filled_by_the_same_image_and_nothing_else_is_touched(generato
 def test_a_set_belongs_to_its_settings_and_weights(generator, tmp_path):
     write(generator, tmp_path, 1, 2)
     other = models.Unconditional([*generator.denoiser.unets[1:], generator.denoiser.unets[0]])
-    with pytest.raises(DiffEchoError, match=r"other settings \(weights\)"):
+    with pytest.raises(DiffEchoError, match=r"other settings \(generator\)"):
         write(replace(generator, denoiser=other), tmp_path, 1, 2)
     with pytest.raises(DiffEchoError, match=r"other settings \(solver\)"):
         write(generator, tmp_path, 1, 2, solver="DDIM")
@@ -306,7 +306,7 @@ def test_a_process_draws_its_share_only(generator, tmp_path, monkeypatch):
         def wait_for_everyone(self):
             pass
 
-    monkeypatch.setattr(sampling, "PartialState", Second)
+    monkeypatch.setattr(sampling, "processes", Second)
     write(generator, tmp_path, 2, 1, batch=2)
     assert sorted(pixels(tmp_path)) == [f"{i:06d}.png" for i in (2, 3, 6, 7)]
     assert not (tmp_path / "metadata.csv").exists()
@@ -381,3 +381,12 @@ def test_label_maps_and_prompts_of_a_set(sdm, frames, tmp_path):
         sampling.sample(sdm, [0], 2, masks=masks[:1, ::2, ::2])
     prompts, _ = sampling.plan("text", 2, template="paper")
     assert "four-chamber" in prompts["prompt"].iloc[-1] and "es phase" in prompts["prompt"].iloc[-1]
+
+
+def test_shipped_dials_are_the_measured_ones():
+    """Strength and guidance in the checkpoints are those that benchmarks/strength.py chose."""
+    chosen = results.load(assets.record("camus", "cpu", "strength"))["values"]["chosen"]
+    folders = {name: assets.checkpoint("camus", name) for name in ("text-seg", "sdm")}
+    shipped = {name: models.load_generator(folder) for name, folder in folders.items()}
+    assert shipped["text-seg"].denoiser.strength == chosen["text-seg"]
+    assert shipped["sdm"].guidance == chosen["sdm"]
