@@ -6,7 +6,8 @@ Solvers: the SDM draws the label map of every validation frame with each solver 
 the same noise. Guidance: the text model and the SDM draw half of the patients at several scales, everywhere
 and within a third of the timesteps. Measured are the Frechet distance to the training frames (features of
 chapter 03), Dice of the shipped segmenter's reading with the label map, the class by the shipped
-classifier, diversity, and seconds an image. Each row is written to data/results/camus/cpu/sampling.json
+classifier, diversity, and processor
+seconds an image. Each row is written to data/results/camus/cpu/sampling.json
 (or --out) as soon as it is there; rows that are there are kept, so the
 command can be stopped at any moment and repeated. A file of other weights or frames is refused.
 """
@@ -154,7 +155,7 @@ class Meter:
         scheduler = sampling.SOLVERS[solver].from_config(
             generator.scheduler.config, timestep_spacing=spacing
         )
-        begun = time.perf_counter()
+        begun = time.process_time()
         images = sampling.sample(
             generator,
             SEED + np.flatnonzero(keep),
@@ -164,7 +165,7 @@ class Meter:
             scheduler=scheduler,
             **sampling.told(model, asked),
         )
-        seconds = (time.perf_counter() - begun) / len(images)
+        seconds = (time.process_time() - begun) / len(images)
         found = metrics.features(generator.vae, images)
         settings = {"model": model, "solver": solver, "spacing": spacing, "steps": steps}
         settings |= {"guidance": guidance, "interval": interval, "images": len(images)}
