@@ -1,15 +1,15 @@
 """Steps, solvers and guidance on CAMUS: what chapter 07 shows and does not run.
 
-    python benchmarks/sampling.py --data ROOT      (half an hour on one core; goes on where it was stopped)
+    python benchmarks/sampling.py --data ROOT      (an hour on one core; goes on where it was stopped)
 
 Solvers: the SDM draws the label map of every validation frame with each solver and number of steps, from
 the same noise. Guidance: the text model and the SDM draw half of the patients at several scales, everywhere
 and within a third of the timesteps. Measured are the Frechet distance to the training frames (features of
 chapter 03), Dice of the shipped segmenter's reading with the label map, the class by the shipped
-classifier, diversity, and processor
-seconds an image. Each row is written to data/results/camus/cpu/sampling.json
-(or --out) as soon as it is there; rows that are there are kept, so the
-command can be stopped at any moment and repeated. A file of other weights or frames is refused.
+classifier, diversity, and processor seconds an image. Each row is written to
+data/results/camus/cpu/sampling.json (or --out) as soon as it is there; rows that are there are kept, so the
+command can be stopped at any moment and repeated, and two can run at once, one for each --kind. A file of
+other weights or frames is refused.
 """
 
 import argparse
@@ -48,6 +48,7 @@ def main():
     parser.add_argument("--data", type=Path, required=True, help="CAMUS folder")
     parser.add_argument("--out", type=Path, help="default: data/results/camus/cpu")
     parser.add_argument("--frames", type=int, default=200, help="validation frames, whole patients")
+    parser.add_argument("--kind", choices=("solvers", "guidance"), help="only these rows")
     parser.add_argument("--steps", type=int, nargs="+", default=STEPS, help="of the solvers' rows")
     parser.add_argument("--guided-steps", type=int, default=20, help="of the guidance's rows")
     options = parser.parse_args()
@@ -59,12 +60,13 @@ def main():
     )
     frames = frames.where(np.arange(len(frames)) < options.frames)
     meter = Meter(frames)
-    values = started(folder, meter)
     for kind, name, todo in rows(options.steps, options.guided_steps, frames):
-        if name in values[kind]:
+        if options.kind not in (None, kind) or name in started(folder, meter)[kind]:
             continue
-        values[kind][name] = meter.row(**todo)
-        print(name, values[kind][name], flush=True)
+        row = meter.row(**todo)
+        print(name, row, flush=True)
+        values = started(folder, meter)  # another process may be at the rows of the other kind
+        values[kind][name] = row
         results.save(
             folder,
             "sampling",
@@ -135,7 +137,7 @@ class Meter:
             real, facts = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
         if facts["autoencoder"] != coder:
             raise DiffEchoError("features of another autoencoder: record chapter 3 on CAMUS again")
-        self.known = real["features"][real["split"] == 0].astype(float)
+        self.known = metrics.fitted(real["features"][real["split"] == 0].astype(float))
         self.patients = frames.table["patient"].to_numpy()
 
     def row(

@@ -158,7 +158,7 @@ def sample_command(options):
         raise DiffEchoError(f"{options.checkpoint}: a checkpoint of {generator.model}")
     state = sampling.processes()
     generator.to(state.device)
-    facts = {key: made.get(key) for key in ("world", "profile", "commit")}
+    facts = {key: made.get(key) for key in ("world", "profile", "commit", "stretched")}
     frames = None
     if options.masks:
         rows = camus.select(camus.read_table(options.masks), split=options.split)
@@ -186,24 +186,36 @@ def sample_command(options):
 
 
 def evaluate_command(options):
-    from diffecho_utils import assets, data, metrics, plots, profiles, results, sampling
+    from diffecho_utils import (
+        assets,
+        data,
+        downstream,
+        metrics,
+        models,
+        plots,
+        profiles,
+        results,
+        sampling,
+    )
 
     if options.figure and options.figure.suffix not in _FIGURES:
         raise DiffEchoError(f"{options.figure}: a figure ends in one of {' '.join(_FIGURES)}")
     profile = profiles.get(options.profile)
     table = camus.read_table(options.data)
-    cache = assets.workspace() / "cache"
+    images, metadata = sampling.read_synthetic(options.synthetic, profile.side)
+    settings = sampling.read_settings(options.synthetic)
     reference, held_out = (
         data.load_frames(
             camus.select(table, split=split, patients=profile.patients),
             profile.side,
-            cache_dir=cache,
+            keep_aspect=not settings.get("stretched", False),  # as the images were made
+            cache_dir=assets.workspace() / "cache",
         )
         for split in ("training", options.split)
     )
-    images, metadata = sampling.read_synthetic(options.synthetic, profile.side)
     names = [str(options.synthetic / name) for name in metadata["file_name"]]
     metrics.check_images(images, names=names)
+    maps = sampling.read_label_maps(options.synthetic, metadata, profile.side)
     see, classes = _features(options), camus.class_index(metadata)
     values = metrics.panel(
         see(images),
@@ -214,11 +226,13 @@ def evaluate_command(options):
         held_out.classes.numpy(),
         held_out.table["patient"].to_numpy(),
     )
-    maps = _label_maps(options.synthetic, metadata, profile.side)
-    mine = _read(images, classes, maps)
-    real = _read(
-        held_out.images, held_out.classes.numpy(), None if maps is None else held_out.masks
-    )
+    judges = [
+        models.load_network(assets.checkpoint("camus", name))
+        for name in ("segmenter", "classifier")
+    ]
+    mine = downstream.read_by_judges(judges, images, classes, maps)
+    truth = None if maps is None else held_out.masks
+    real = downstream.read_by_judges(judges, held_out.images, held_out.classes.numpy(), truth)
     for score in mine:
         values[score], values[f"{score}_floor"] = mine[score], real[score]
     title = f"{options.synthetic.name}: {len(images)} images, features of the {options.features}"
@@ -261,62 +275,6 @@ def _features(options):
         return lambda images: metrics.clip_features(clip, images)
     vae = models.load_autoencoder(options.autoencoder or assets.checkpoint("camus", "autoencoder"))
     return lambda images: metrics.features(vae, images)
-
-
-def _label_maps(folder, metadata, side):
-    """(N, side, side) uint8 label maps of a synthetic set, None where it was drawn without."""
-    import numpy as np
-    import torch
-    from PIL import Image
-
-    from diffecho_utils import data
-
-    if not metadata["label_map"].astype(bool).all():
-        return None
-    maps = []
-    for name in metadata["label_map"]:
-        try:
-            mask = np.asarray(Image.open(folder / name))
-        except OSError as error:
-            raise DiffEchoError(
-                f"{folder / name}: label map named in metadata.csv, unreadable ({error})"
-            ) from None
-        maps.append(data.to_square(np.zeros(mask.shape), mask, (1.0, 1.0), side)[1])
-    return torch.stack(maps)
-
-
-def _read(images, classes, maps):
-    """Scores of the images themselves, each a column by class, "all" last: {score: list}.
-
-    As the shipped classifier and segmenter read them: share of the class asked for, Dice with the
-    label maps and error of the area where there are any; and how alike the images are.
-    """
-    import numpy as np
-
-    from diffecho_utils import anatomy, assets, downstream, metrics, models
-
-    classifier, judge = (
-        models.load_network(assets.checkpoint("camus", name))
-        for name in ("classifier", "segmenter")
-    )
-    seen = downstream.classify(classifier, images)
-    read = None if maps is None else downstream.segment(judge, images)
-    scores = {}
-    for index in (*range(len(camus.CLASSES)), None):
-        rows = np.flatnonzero(classes == index) if index is not None else np.arange(len(classes))
-        kept = images[rows]
-        found = {"similarity": metrics.self_similarity(kept)}
-        found["brightness"] = 127.5 * (kept.mean().item() + 1)
-        agreed = downstream.class_accuracies(seen[rows], classes[rows])
-        found |= {f"{name}_seen": value for name, value in agreed.items()}
-        if read is not None:
-            dice = downstream.dice(read[rows], maps[rows])
-            found["dice"] = float(np.nanmean(dice)) if np.isfinite(dice).any() else np.nan
-            areas = [anatomy.areas(m[rows])[:, 0] for m in (read, maps)]
-            found["area_error"] = float(100 * np.abs(areas[0] - areas[1]).mean())
-        for name, value in found.items():
-            scores.setdefault(name, []).append(value)
-    return scores
 
 
 def book_command(options):

@@ -1,6 +1,6 @@
 """Do the images serve? Segmentation and classification networks, trained and scored.
 
-Chapters 02 to 06, and the phantom's measurement. `train_segmenter` calls the one training loop
+Chapters 02 to 08, and the phantom's measurement. `train_segmenter` calls the one training loop
 (`training.fit`), so a run resumes and is a function of its seed.
 """
 
@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from monai.metrics import compute_dice
 
-from diffecho_utils import camus, models, training
+from diffecho_utils import anatomy, camus, metrics, models, training
 
 STRUCTURES = ("LV cavity", "LV epicardium", "LA")  # epicardium: cavity and myocardium together
 
@@ -73,6 +73,34 @@ def class_accuracies(probabilities, classes):
         "phase": float((found % phases == truth % phases).mean()),
         "class": float((found == truth).mean()),
     }
+
+
+def read_by_judges(judges, images, classes, masks=None):
+    """What trained networks see in a set of images: {score: five values, of each class and of all}.
+
+    judges: (segmenter, classifier), trained on real frames; images (N, 1, H, W); classes (N,), as
+    asked for; masks (N, H, W), the label maps asked for. view_seen, phase_seen, class_seen: share
+    recognised; similarity: `metrics.self_similarity`; brightness: mean grey value of 0 to 255;
+    with masks also dice, the mean over structures, and area_error of the cavity, in % of its area.
+    """
+    segmenter, classifier = judges
+    seen = classify(classifier, images)
+    read = None if masks is None else segment(segmenter, images)
+    scores = {}
+    for index in (*range(len(camus.CLASSES)), None):
+        rows = np.flatnonzero(classes == index) if index is not None else np.arange(len(classes))
+        found = {"similarity": metrics.self_similarity(images[rows])}
+        found["brightness"] = 127.5 * (images[rows].mean().item() + 1)
+        recognised = class_accuracies(seen[rows], classes[rows])
+        found |= {f"{name}_seen": value for name, value in recognised.items()}
+        if read is not None:
+            overlap = dice(read[rows], masks[rows])
+            found["dice"] = np.nanmean(overlap) if np.isfinite(overlap).any() else np.nan
+            drawn, asked = (anatomy.areas(m[rows])[:, 0] for m in (read, masks))
+            found["area_error"] = 100 * np.abs(drawn - asked).mean() / asked.mean()
+        for name, value in found.items():
+            scores.setdefault(name, []).append(float(value))
+    return scores
 
 
 def _structures(masks):

@@ -406,6 +406,39 @@ def read_synthetic(folder, side):
     return torch.stack(images) / 127.5 - 1, table
 
 
+def read_label_maps(folder, table, side):
+    """(N, side, side) uint8 label maps of a synthetic set's table, None if it was drawn without.
+
+    Raises DiffEchoError for a map that is missing, unreadable or holds anything but labels 0 to 3.
+    """
+    if not table["label_map"].astype(bool).all():
+        return None
+    maps = []
+    for name in table["label_map"]:
+        try:
+            mask = np.asarray(Image.open(Path(folder) / name))
+        except (OSError, UnidentifiedImageError) as error:
+            raise DiffEchoError(
+                f"{Path(folder) / name}: label map named in metadata.csv, unreadable ({error})"
+            ) from None
+        if mask.ndim != 2 or mask.max() > 3:
+            raise DiffEchoError(
+                f"{Path(folder) / name}: no label map, of shape {mask.shape} with values up to "
+                f"{mask.max()}; expected (H, W) and labels 0 to 3"
+            )
+        maps.append(data.to_square(np.zeros(mask.shape), mask, (1.0, 1.0), side)[1])
+    return torch.stack(maps)
+
+
+def read_settings(folder):
+    """The settings in a synthetic set's dataset.json; {} for a folder that has none."""
+    path = Path(folder) / "dataset.json"
+    try:
+        return json.loads(path.read_text()).get("settings", {}) if path.is_file() else {}
+    except ValueError as error:
+        raise DiffEchoError(f"{path}: half-written ({error}); sample again") from None
+
+
 def digest(generator):
     """Sixteen hexadecimal digits that change with any weight of the generator, and with its dials."""
     dials = [dict(generator.scheduler.config), getattr(generator.denoiser, "strength", 1.0)]
