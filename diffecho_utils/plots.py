@@ -15,7 +15,8 @@ from diffecho_utils.camus import LABELS
 LABEL_COLOURS = {"LV cavity": "#56b4e9", "myocardium": "#e69f00", "LA": "#cc79a7"}
 SERIES_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 
-_STYLE = {
+# Of every figure; a chapter that draws its own does so within `plt.rc_context(plots.STYLE)`.
+STYLE = {
     "figure.dpi": 110,
     "figure.facecolor": "white",
     "font.size": 9,
@@ -46,7 +47,7 @@ def frames(images, titles=None, masks=None, columns=None, outline=True, width=1.
     columns = columns or min(len(images), 8)
     rows = -(-len(images) // columns)
     height = width * images.shape[1] / images.shape[2]
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         figure, axes = plt.subplots(
             rows,
             columns,
@@ -78,7 +79,7 @@ def label_picture(masks):
 
 def curves(series, xlabel, ylabel, *, bands=None, log_y=False, size=(5.0, 3.0)):
     """Lines: {name: (x, y)}, with optional bands {name: (low, high)} around them."""
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         figure, axis = plt.subplots(figsize=size, layout="constrained")
         for name, (x, y) in series.items():
             (line,) = axis.plot(x, y, label=name)
@@ -94,7 +95,7 @@ def histograms(series, xlabel, *, bins=30, size=(5.0, 2.6), reference=None):
     """Overlaid densities of {name: values}; `reference`: {text: x} marks values by a vertical line."""
     values = np.concatenate([np.asarray(v).ravel() for v in series.values()])
     edges = np.linspace(*np.nanquantile(values, [0.001, 0.999]), bins + 1)
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         figure, axis = plt.subplots(figsize=size, layout="constrained")
         for name, v in series.items():
             axis.hist(
@@ -114,7 +115,7 @@ def intervals(values, xlabel, *, floor=None, size=(5.0, None)):
     `floor`: the band that noise alone gives, (low, high), or a dict of one for each name.
     """
     names = list(values)
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         height = size[1] or 0.8 + 0.32 * len(names)
         figure, axis = plt.subplots(figsize=(size[0], height), layout="constrained")
         bands = floor if isinstance(floor, dict) else dict.fromkeys(names, floor)
@@ -145,7 +146,7 @@ def panel(table, scores=None, columns=4):
     scores = ["distance", *(name for name in scores if name != "distance")]
     rows = -(-len(scores) // columns)
     places = np.arange(len(table))
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         figure, axes = plt.subplots(
             rows,
             columns,
