@@ -51,8 +51,7 @@ def main():
         generator,
         1000 + np.arange(len(unseen)),
         profile.sampling_steps,
-        prompts=prompts.make(unseen.table, "paper-seg"),
-        masks=unseen.masks,
+        **sampling.told("text-seg", unseen),
     )
     dice = {}
     for name, images in (("given", unseen.images), ("reconstructed", again), ("drawn", drawn)):

@@ -11,7 +11,6 @@ generators.py shares, so that an interrupted run, started again, goes on.
 """
 
 import argparse
-import hashlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -142,16 +141,11 @@ def write_features(out, real, known, unseen, world):
         "clip_root": torch.from_numpy(clip.root).float(),
     }
     facts = {"world": world, "licence": results.LICENCES.get(world, "")}
-    facts |= {name: digest(assets.checkpoint("camus", name)) for name in ("classifier", "clip")}
+    facts |= {
+        name: models.weights_digest(assets.checkpoint("camus", name))
+        for name in ("classifier", "clip")
+    }
     data.save_tensors(out / "08_features.safetensors", tensors, facts)
-
-
-def digest(folder):
-    """SHA-256 of a checkpoint's weights, to know it again."""
-    content = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
-        content.update(path.read_bytes())
-    return content.hexdigest()
 
 
 def of_images(images, frames, encoders, masked):

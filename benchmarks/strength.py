@@ -23,7 +23,6 @@ from diffecho_utils import (
     metrics,
     models,
     profiles,
-    prompts,
     results,
     sampling,
 )
@@ -75,12 +74,11 @@ def main():
 
 def draw(generator, frames, steps, value):
     """One image for each frame's label map, with the dial of its generator at `value`."""
-    told, seeds = {"masks": frames.masks}, 7000 + np.arange(len(frames))
+    told, seeds = sampling.told(generator.model, frames), 7000 + np.arange(len(frames))
     if generator.model == "sdm":
         return sampling.sample(generator, seeds, steps, guidance=value, **told)
     denoiser = generator.denoiser
     stronger = models.TextSegmentationGuided(denoiser.unet, denoiser.controlnet, value).eval()
-    told["prompts"] = prompts.make(frames.table, "paper-seg")
     return sampling.sample(replace(generator, denoiser=stronger), seeds, steps, **told)
 
 

@@ -422,7 +422,7 @@ def save(parts, folder, training, needs=None):
     references = {
         name: {
             "path": os.path.relpath(Path(needed).resolve(), Path(folder).resolve()),
-            "sha256": _weights_digest(needed),
+            "sha256": weights_digest(needed),
         }
         for name, needed in (needs or {}).items()
     }
@@ -530,7 +530,7 @@ def needed(folder, name):
     other = Path(os.path.normpath(Path(folder).resolve() / reference["path"]))
     if not (other / "training.json").is_file():
         raise DiffEchoError(f"{other}: missing, and {folder} needs this {name}; copy it there")
-    if _weights_digest(other) != reference["sha256"]:
+    if weights_digest(other) != reference["sha256"]:
         raise DiffEchoError(
             f"{other}: not the {name} that {folder} was trained with (its SHA-256 differs); "
             f"restore that one, or train {Path(folder).name} again"
@@ -657,7 +657,7 @@ def _replace_folder(folder, write, training):
     beside.rmdir()
 
 
-def _weights_digest(folder):
+def weights_digest(folder):
     """SHA-256 over the weights of a checkpoint, all its parts, in order of their names."""
     digest = hashlib.sha256()
     try:
