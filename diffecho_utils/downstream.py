@@ -6,33 +6,114 @@ Chapters 02 to 08, and the phantom's measurement. `train_segmenter` calls the on
 
 import numpy as np
 import torch
-from monai.metrics import compute_dice
+from monai.metrics import compute_dice, compute_hausdorff_distance
 
-from diffecho_utils import anatomy, camus, metrics, models, training
+from diffecho_utils import DiffEchoError, anatomy, camus, data, metrics, models, training
 
 STRUCTURES = ("LV cavity", "LV epicardium", "LA")  # epicardium: cavity and myocardium together
+LABEL_WEIGHTS = (0.05, 0.25, 0.35, 0.35)  # of the paper's cross-entropy: background, LV, wall, LA
 
 
 def train_segmenter(
-    frames, profile, *, seed=0, state=None, resume=False, progress=print, recipe=None, **amounts
+    frames,
+    profile,
+    *,
+    seed=0,
+    state=None,
+    resume=False,
+    progress=print,
+    recipe=None,
+    as_paper=False,
+    watch=None,
+    **amounts,
 ):
     """A MONAI UNet trained on `frames` (data.Frames): (network in evaluation mode, log).
 
-    `amounts` are those of `data.jitter`; recipe: default the profile's.
+    `as_paper`: the paper's network and its weighted cross-entropy. `amounts` are those of
+    `data.jitter`; recipe: default the profile's. watch: (steps, look), and `look(step, network)` is
+    called after each of these steps.
     """
     torch.manual_seed(seed)
-    network = models.build_segmenter(profile)
+    if as_paper:
+        network = models.build_paper_segmenter(frames.images.shape[-1])
+    else:
+        network = models.build_segmenter(profile)
     tensors = {"images": frames.images, "masks": frames.masks}
     log = training.fit(
-        training.SegmentationObjective(network, **amounts),
+        training.SegmentationObjective(network, LABEL_WEIGHTS if as_paper else None, **amounts),
         tensors,
         recipe or profile.segmentation,
         state,
         resume=resume,
         seed=seed,
         progress=progress,
+        watch=watch and (watch[0], lambda step: watch[1](step, network)),
     )
     return network.eval(), log
+
+
+def with_synthetic(real, synthetic, share, seed=0):
+    """Real frames and, of each class, `share` times as many synthetic ones: `data.Frames`.
+
+    real None: synthetic ones alone, `share` being the number of each class. Which of a larger set
+    are taken is drawn with `seed`. Raises DiffEchoError for a class with too few.
+    """
+    rng, rows = np.random.default_rng(seed), []
+    for index, name in enumerate(camus.CLASS_NAMES):
+        there = np.flatnonzero(synthetic.classes.numpy() == index)
+        wanted = round(share if real is None else share * int((real.classes == index).sum()))
+        if len(there) < wanted:
+            raise DiffEchoError(
+                f"{len(there)} synthetic images of {name}, {wanted} are needed; "
+                f"`sample --n {wanted}` draws so many"
+            )
+        rows.append(rng.permutation(there)[:wanted])
+    keep = np.isin(np.arange(len(synthetic)), np.concatenate(rows))
+    chosen = synthetic.where(keep)
+    return chosen if real is None else data.joined(real, chosen)
+
+
+def check_apart(training_rows, test_rows):
+    """Raise DiffEchoError if a patient of the one table is in the other, too, or a class is missing."""
+    both = sorted(set(training_rows["patient"]) & set(test_rows["patient"]))
+    if both:
+        raise DiffEchoError(
+            f"{len(both)} patients are in the training and in the test frames (first: {both[0]}); "
+            "choose two different splits, or another folder for the test"
+        )
+    for name, rows in (("training", training_rows), ("test", test_rows)):
+        there = set(zip(rows["view"], rows["phase"], strict=True))
+        lost = [f"{v}-{p}" for v, p in camus.CLASSES if (v, p) not in there]
+        if lost:
+            raise DiffEchoError(f"no {name} frame of {', '.join(lost)}; give a complete split")
+
+
+def score_segmenter(network, frames):
+    """Scores on `frames`: {"dice": (N, 3), "hd95": (N, 3), "ef": {patient: (map's, read)}}.
+
+    hd95: 95th percentile of the distance between the outlines, in pixels, NaN where either is
+    missing; ef in %, NaN where it cannot be measured.
+    """
+    read = segment(network, frames.images)
+    fractions = [metrics.ejection_fractions(frames, masks) for masks in (frames.masks, read)]
+    return {
+        "dice": dice(read, frames.masks),
+        "hd95": hausdorff(read, frames.masks),
+        "ef": {
+            patient: (fractions[0][patient], fractions[1].get(patient, np.nan))
+            for patient in fractions[0].index
+        },
+    }
+
+
+def hausdorff(predicted, truth):
+    """95 % Hausdorff distance of each frame and structure, in pixels: (N, 3) float64, NaN if empty."""
+    distances = compute_hausdorff_distance(
+        _structures(predicted), _structures(truth), include_background=True, percentile=95
+    )
+    found = distances.double().numpy()
+    found[~np.isfinite(found)] = np.nan
+    return found
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ latents, timesteps and its own conditions, and training and sampling call them a
 import copy
 import hashlib
 import json
+import math
 import os
 import shutil
 from dataclasses import dataclass
@@ -226,6 +227,25 @@ def build_segmenter(profile):
         channels=channels,
         strides=(2,) * (len(channels) - 1),
         num_res_units=2,
+    )
+
+
+def build_paper_segmenter(side):
+    """The paper's MONAI UNet for images of `side` pixels: 2, 4, ... channels down to 2 x 2 positions.
+
+    At the paper's 256 pixels (2, 4, ..., 256) with 7 strides; at 128 one level less, since instance
+    normalisation has nothing to normalise in a single position.
+    """
+    levels = int(math.log2(side))
+    return _monai(
+        "UNet",
+        spatial_dims=2,
+        in_channels=1,
+        out_channels=len(camus.LABELS),
+        channels=[2 ** (level + 1) for level in range(levels)],
+        strides=(2,) * (levels - 1),
+        num_res_units=0,
+        act=("LEAKYRELU", {"negative_slope": 0.1}),
     )
 
 
