@@ -4,13 +4,31 @@ Chapters 02 to 08, and the phantom's measurement. `train_segmenter` calls the on
 (`training.fit`), so a run resumes and is a function of its seed.
 """
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import torch
 from monai.metrics import compute_dice, compute_hausdorff_distance
 
-from diffecho_utils import DiffEchoError, anatomy, camus, data, metrics, models, training
+from diffecho_utils import (
+    DiffEchoError,
+    anatomy,
+    camus,
+    data,
+    metrics,
+    models,
+    results,
+    training,
+)
 
 STRUCTURES = ("LV cavity", "LV epicardium", "LA")  # epicardium: cavity and myocardium together
+RUN_VERSION = 1  # of a run's values; raise it when their meaning changes
+# Rows of `profiles.Recipe` that differ from the profile's. The paper's 300 epochs are the steps to give.
+RECIPES = {
+    "tuned": {},
+    "paper": {"learning_rate": 1e-3, "warmup": 0, "weight_decay": 0.0, "ema": 0.0},
+}
 LABEL_WEIGHTS = (0.05, 0.25, 0.35, 0.35)  # of the paper's cross-entropy: background, LV, wall, LA
 
 
@@ -114,6 +132,112 @@ def hausdorff(predicted, truth):
     found = distances.double().numpy()
     found[~np.isfinite(found)] = np.nan
     return found
+
+
+def segmentation_run(
+    frames, test, profile, *, seed=0, recipe="tuned", steps=None, points=10, **running
+):
+    """Train one segmenter on `frames`, score it on `test` (data.Frames both): a run's values.
+
+    recipe: "tuned", the profile's, or "paper", the paper's network, loss and schedule without
+    average of the weights. steps: of the optimiser, default the recipe's. Scores of every test
+    frame, as `score_segmenter`, and `curve`, the mean Dice of each structure at `points` steps on
+    the way, with the averaged weights. `running` goes to `train_segmenter`.
+    """
+    if recipe not in RECIPES:
+        raise DiffEchoError(f"no recipe {recipe!r}; choose one of {', '.join(RECIPES)}")
+    chosen = replace(profile.segmentation, **RECIPES[recipe])
+    chosen = replace(chosen, steps=steps or chosen.steps)
+    chosen = replace(chosen, warmup=min(chosen.warmup, chosen.steps // 4))
+    stops = {round(chosen.steps * (k + 1) / points) for k in range(points)} - {0}
+    curve = []
+
+    def look(step, network):
+        overlap = dice(segment(network, test.images), test.masks)
+        curve.append([step, *np.nanmean(overlap, 0)])
+
+    network, log = train_segmenter(
+        frames,
+        profile,
+        seed=seed,
+        recipe=chosen,
+        as_paper=recipe == "paper",
+        watch=(stops, look),
+        **running,
+    )
+    scores = score_segmenter(network, test)
+    return {
+        "version": RUN_VERSION,
+        "task": "segmentation",
+        "recipe": recipe,
+        "seed": seed,
+        "steps": chosen.steps,
+        "batch": chosen.batch,
+        "frames": len(frames),
+        "seconds": log["seconds"].sum(),
+        "patient": test.table["patient"].tolist(),
+        "class": test.classes.tolist(),
+        "dice": scores["dice"].round(4),
+        "hd95": scores["hd95"].round(2),
+        "ef": {patient: np.round(pair, 2) for patient, pair in scores["ef"].items()},
+        "curve": np.round(curve, 4),
+    }
+
+
+def read_runs(folder):
+    """(runs, skipped): the values of every run's record below `folder`, and what was left out and why.
+
+    Left out are records of another version of the package's runs, and files that are no records.
+    """
+    runs, skipped = [], []
+    for path in sorted(Path(folder).glob("**/*.json")):
+        try:
+            record = results.load(path)
+        except DiffEchoError as error:
+            skipped.append(str(error))
+            continue
+        found = record["values"].get("version")
+        if found != RUN_VERSION:
+            skipped.append(f"{path}: version {found}, this package reads {RUN_VERSION}; run again")
+            continue
+        runs.append(record["values"] | {"record": record, "path": path})
+    return runs, skipped
+
+
+def paired_difference(ours, theirs, score="dice", repeats=1000):
+    """Mean over seeds of `ours` minus that of `theirs`, per structure: (3, 3) value, low, high.
+
+    ours, theirs: runs on the same test frames; 95 % bootstrap interval over patients. Raises
+    DiffEchoError if the test frames differ.
+    """
+    frames = {tuple(zip(run["patient"], run["class"], strict=True)) for run in [*ours, *theirs]}
+    if len(frames) != 1:
+        raise DiffEchoError("these runs were scored on different frames; compare like with like")
+    means = [
+        np.nanmean([np.array(run[score], dtype=float) for run in runs], 0)
+        for runs in (ours, theirs)
+    ]
+    gap, patients = means[0] - means[1], np.array(ours[0]["patient"])
+    found = []
+    for column in gap.T:
+        low, high = metrics.bootstrap_interval(
+            lambda rows, column=column: np.nanmean(column[rows]), patients, repeats
+        )
+        found.append((np.nanmean(column), low, high))
+    return np.array(found)
+
+
+def steps_to(run, threshold):
+    """First step of a run's curve whose mean Dice reaches `threshold`, between points by a line; inf."""
+    steps, scores = np.array(run["curve"])[:, 0], np.array(run["curve"])[:, 1:].mean(1)
+    above = np.flatnonzero(scores >= threshold)
+    if not len(above):
+        return np.inf
+    first = above[0]
+    if first == 0:
+        return float(steps[0])
+    share = (threshold - scores[first - 1]) / (scores[first] - scores[first - 1])
+    return float(steps[first - 1] + share * (steps[first] - steps[first - 1]))
 
 
 @torch.no_grad()
