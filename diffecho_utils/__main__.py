@@ -17,7 +17,7 @@ def main(arguments=None):
     """Run one command; returns the exit status: 0 done, 1 bad input (said in a line), 130 interrupted."""
     options = _parser().parse_args(arguments)
     try:
-        for name in ("data", "masks"):
+        for name in ("data", "masks", "test_data"):
             if getattr(options, name, None):
                 setattr(options, name, _official(getattr(options, name)))
         return options.run(options) or 0
@@ -277,6 +277,72 @@ def _features(options):
     return lambda images: metrics.features(vae, images)
 
 
+def downstream_command(options):
+    from diffecho_utils import assets, data, downstream, profiles, results, sampling
+
+    profile = profiles.get(options.profile)
+    table, cache = camus.read_table(options.data), assets.workspace() / "cache"
+    tests = camus.read_table(options.test_data) if options.test_data else table
+    rows = camus.select(table, options.train_split, patients=options.patients)
+    test_rows = camus.select(tests, options.test_split, patients=profile.patients)
+    found = rows["patient"].nunique()
+    if options.patients and found < options.patients:
+        raise DiffEchoError(
+            f"{options.data}: {found} patients in {options.train_split}, {options.patients} were "
+            "asked for; ask for fewer"
+        )
+    downstream.check_apart(rows, test_rows, tests.attrs["world"] == table.attrs["world"])
+    synthetic, stretched = None, options.stretch
+    if options.synthetic:
+        _, metadata = sampling.read_synthetic(options.synthetic, profile.side)
+        if not metadata["label_map"].astype(bool).all():
+            raise DiffEchoError(
+                f"{options.synthetic}: a set without label maps cannot teach a segmenter; sample it "
+                "with text-seg or sdm and --masks"
+            )
+        synthetic = sampling.read_frames(options.synthetic, profile.side)
+        stretched = sampling.read_settings(options.synthetic).get("stretched", stretched)
+    real, test = (
+        data.load_frames(r, profile.side, keep_aspect=not stretched, cache_dir=cache)
+        for r in (rows, test_rows)
+    )
+    frames, arm = real, "real"
+    if options.synthetic_only:
+        frames, arm = synthetic, f"{options.synthetic.name} alone"
+    elif synthetic is not None:
+        frames = downstream.with_synthetic(real, synthetic, options.share)
+        arm = f"real + {options.share:g} {options.synthetic.name}"
+    steps = options.steps or profile.segmentation.steps
+    if options.match_epochs:
+        steps = round(steps * len(frames) / len(real))
+    still = dict.fromkeys(("degrees", "shift", "zoom", "gain", "contrast"), 0)
+    runs = []
+    for seed in range(options.seeds):
+        print(f"{arm}, seed {seed}: {len(frames)} frames")
+        run = downstream.segmentation_run(
+            frames,
+            test,
+            profile,
+            seed=seed,
+            recipe=options.recipe,
+            steps=steps,
+            **(still if options.no_augmentation else {}),
+        )
+        runs.append(run | {"arm": arm})
+    print(downstream.summary(runs).to_string(float_format="{:.3f}".format))
+    if options.json:
+        results.save(
+            options.json.parent,
+            options.json.stem,
+            {"version": downstream.RUN_VERSION, "arm": arm, "runs": runs},
+            world=table.attrs["world"],
+            profile=profile.name,
+            split=options.test_split,
+            seeds=range(options.seeds),
+            command=f"python -m diffecho_utils downstream segmentation --recipe {options.recipe}",
+        )
+
+
 def book_command(options):
     from diffecho_utils import book
 
@@ -448,6 +514,35 @@ def _parser():
     )
     sub.add_argument("--json", type=Path, metavar="FILE", help="write the table as a record")
     sub.add_argument("--figure", type=Path, metavar="FILE", help="draw it: .png, .pdf or .svg")
+
+    sub = command(
+        "downstream",
+        downstream_command,
+        "train and score networks with and without synthetic frames",
+    )
+    sub.add_argument("task", choices=("segmentation",))
+    sub.add_argument("--data", type=Path, required=True, metavar="ROOT", help="a CAMUS folder")
+    sub.add_argument("--synthetic", type=Path, metavar="DIR", help="a set that `sample` wrote")
+    sub.add_argument("--share", type=float, default=1.0, help="synthetic frames for a real one")
+    sub.add_argument("--synthetic-only", action="store_true", help="train on the set alone")
+    sub.add_argument("--train-split", default="training", choices=camus.SPLITS)
+    sub.add_argument("--test-split", default="validation", choices=camus.SPLITS)
+    sub.add_argument("--test-data", type=Path, metavar="ROOT", help="another folder to test on")
+    sub.add_argument("--patients", type=int, help="train on the first so many only")
+    sub.add_argument("--profile", default="cpu")
+    sub.add_argument("--recipe", default="tuned", choices=("tuned", "paper"))
+    sub.add_argument("--steps", type=int, help="of the optimiser; default: the recipe's")
+    sub.add_argument(
+        "--match-epochs",
+        action="store_true",
+        help="more frames, more steps; default: the same steps in every arm",
+    )
+    sub.add_argument("--no-augmentation", action="store_true", help="frames as they are")
+    sub.add_argument(
+        "--stretch", action="store_true", help="frames to a square, as CAMUS's common re-packs"
+    )
+    sub.add_argument("--seeds", type=int, default=1, help="so many runs, seeds 0, 1, ...")
+    sub.add_argument("--json", type=Path, metavar="FILE", help="write the runs as a record")
 
     sub = command("book", book_command, "execute the chapters and build the pages")
     sub.add_argument(

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from monai.metrics import compute_dice, compute_hausdorff_distance
 
@@ -73,13 +74,13 @@ def train_segmenter(
 def with_synthetic(real, synthetic, share, seed=0):
     """Real frames and, of each class, `share` times as many synthetic ones: `data.Frames`.
 
-    real None: synthetic ones alone, `share` being the number of each class. Which of a larger set
-    are taken is drawn with `seed`. Raises DiffEchoError for a class with too few.
+    Which of a larger set are taken is drawn with `seed`. Raises DiffEchoError for a class with too
+    few.
     """
     rng, rows = np.random.default_rng(seed), []
     for index, name in enumerate(camus.CLASS_NAMES):
         there = np.flatnonzero(synthetic.classes.numpy() == index)
-        wanted = round(share if real is None else share * int((real.classes == index).sum()))
+        wanted = round(share * int((real.classes == index).sum()))
         if len(there) < wanted:
             raise DiffEchoError(
                 f"{len(there)} synthetic images of {name}, {wanted} are needed; "
@@ -87,13 +88,15 @@ def with_synthetic(real, synthetic, share, seed=0):
             )
         rows.append(rng.permutation(there)[:wanted])
     keep = np.isin(np.arange(len(synthetic)), np.concatenate(rows))
-    chosen = synthetic.where(keep)
-    return chosen if real is None else data.joined(real, chosen)
+    return data.joined(real, synthetic.where(keep))
 
 
-def check_apart(training_rows, test_rows):
-    """Raise DiffEchoError if a patient of the one table is in the other, too, or a class is missing."""
-    both = sorted(set(training_rows["patient"]) & set(test_rows["patient"]))
+def check_apart(training_rows, test_rows, one_world=True):
+    """Raise DiffEchoError if a patient is in both tables, or one lacks a class.
+
+    one_world: whether one name means one patient in both, as in two folders of CAMUS.
+    """
+    both = sorted(set(training_rows["patient"]) & set(test_rows["patient"])) if one_world else []
     if both:
         raise DiffEchoError(
             f"{len(both)} patients are in the training and in the test frames (first: {both[0]}); "
@@ -202,6 +205,31 @@ def read_runs(folder):
             continue
         runs.append(record["values"] | {"record": record, "path": path})
     return runs, skipped
+
+
+def summary(runs):
+    """One row an arm: mean over its runs and, as <name>_sd, their deviation; runs have an "arm".
+
+    Dice of each structure, hd95 of each in pixels, ef_error, the mean absolute error of the EF in
+    points, over the patients where it could be measured, and their share, ef_measured.
+    """
+    rows = []
+    for run in runs:
+        row = {"arm": run["arm"]}
+        for name, unit in (("dice", "Dice"), ("hd95", "hd95")):
+            means = np.nanmean(np.array(run[name], dtype=float), 0)
+            row |= {f"{unit}, {part}": m for part, m in zip(STRUCTURES, means, strict=True)}
+        asked, read = np.array(list(run["ef"].values()), dtype=float).T
+        rows.append(
+            row
+            | {
+                "ef_error": np.nanmean(np.abs(read - asked)),
+                "ef_measured": np.isfinite(read).mean(),
+            }
+        )
+    groups = pd.DataFrame(rows).groupby("arm", sort=False)
+    found = groups.mean().join(groups.std().add_suffix("_sd"))
+    return found.assign(runs=groups.size())
 
 
 def paired_difference(ours, theirs, score="dice", repeats=1000):
