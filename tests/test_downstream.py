@@ -1,0 +1,169 @@
+"""Segmenters are scored frame by frame, with and without synthetic frames, on patients apart."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torchmetrics.functional.segmentation import hausdorff_distance
+
+from diffecho_utils import DiffEchoError, camus, data, downstream, models, results, sampling
+from diffecho_utils.__main__ import main
+
+
+@pytest.fixture(scope="module")
+def synthetic(frames, tmp_path_factory):
+    """Every frame of the phantom twice, as if it had been drawn, on disk."""
+    folder = tmp_path_factory.mktemp("sets") / "copies"
+    for name in ("images", "label_maps"):
+        (folder / name).mkdir(parents=True)
+    table = frames.table.loc[frames.table.index.repeat(2)].reset_index(drop=True)
+    rows = np.arange(len(frames)).repeat(2)
+    for i, row in enumerate(rows):
+        sampling.save_image(frames.images[row], folder / "images" / f"{i}.png")
+        sampling._save_grey(frames.masks[row].numpy(), folder / "label_maps" / f"{i}.png")
+    names = [f"{i}.png" for i in range(len(rows))]
+    table = table[["view", "phase"]].assign(
+        file_name=[f"images/{name}" for name in names],
+        prompt="",
+        seed=range(len(rows)),
+        label_map=[f"label_maps/{name}" for name in names],
+    )
+    table[sampling.METADATA].to_csv(folder / "metadata.csv", index=False)
+    (folder / "dataset.json").write_text(json.dumps({"settings": {"model": "sdm"}}))
+    return folder
+
+
+def test_a_set_becomes_frames_and_joins_the_real_ones(frames, synthetic):
+    drawn = sampling.read_frames(synthetic, frames.images.shape[-1])
+    assert torch.equal(drawn.masks, frames.masks.repeat_interleave(2, 0))
+    both = downstream.with_synthetic(frames, drawn, 0.5)
+    counts = np.bincount(both.classes)
+    assert (counts == np.round(1.5 * np.bincount(frames.classes))).all()
+    assert torch.equal(both.images[: len(frames)], frames.images)
+    assert set(both.table["patient"][len(frames) :]).isdisjoint(frames.table["patient"])
+    again, other = (downstream.with_synthetic(frames, drawn, 0.5, seed=s) for s in (0, 1))
+    assert torch.equal(both.images, again.images) and not torch.equal(both.images, other.images)
+    with pytest.raises(DiffEchoError, match="synthetic images of 2CH-ED, 30 are needed"):
+        downstream.with_synthetic(frames, drawn, 3)
+
+
+def test_hausdorff_distance_is_that_of_torchmetrics_where_nothing_is_cut_off(frames):
+    """Shifted outlines: the 95th percentile is the shift, which torchmetrics' maximum confirms."""
+    truth = frames.masks[:4]
+    moved = truth.roll(3, dims=2)
+    found = downstream.hausdorff(moved, truth)
+    assert found.shape == (4, 3) and np.nanmax(found) <= 3 and np.nanmin(found) > 0
+    largest = hausdorff_distance(moved.long(), truth.long(), num_classes=4, input_format="index")
+    assert np.nanmax(found) <= largest.max() + 1e-6
+    assert np.isnan(downstream.hausdorff(torch.zeros_like(truth), truth)).all()
+    assert (downstream.hausdorff(truth, truth) == 0).all()
+
+
+def test_paper_segmenter_has_the_papers_size():
+    assert models.count_parameters(models.build_paper_segmenter(256)) == 664_282
+    network = models.build_paper_segmenter(64)
+    assert network(torch.randn(2, 1, 64, 64)).shape == (2, 4, 64, 64)
+
+
+@pytest.mark.parametrize("recipe", ["tuned", "paper"])
+def test_a_run_scores_every_test_frame_and_its_curve_ends_where_the_run_ends(frames, smoke, recipe):
+    run = downstream.segmentation_run(
+        frames, frames, smoke, seed=1, recipe=recipe, steps=6, points=3, progress=lambda line: None
+    )
+    assert [row[0] for row in run["curve"]] == [2, 4, 6] and run["frames"] == len(frames)
+    np.testing.assert_allclose(run["curve"][-1][1:], np.nanmean(run["dice"], 0), atol=2e-4)
+    assert np.shape(run["dice"]) == np.shape(run["hd95"]) == (len(frames), 3)
+    assert set(run["ef"]) == set(frames.table["patient"])
+    again = downstream.segmentation_run(
+        frames, frames, smoke, seed=1, recipe=recipe, steps=6, points=1, progress=lambda line: None
+    )
+    np.testing.assert_array_equal(run["dice"], again["dice"])  # looking on changes nothing
+
+
+def run_of(dice, patients, arm="real", seed=0):
+    n = len(dice)
+    return {
+        "arm": arm,
+        "seed": seed,
+        "patient": patients,
+        "class": [0] * n,
+        "dice": [[d] * 3 for d in dice],
+        "hd95": [[1.0, 2.0, np.nan]] * n,
+        "ef": {"a": (50.0, 45.0), "b": (60.0, np.nan)},
+        "curve": [[10, 0.2, 0.2, 0.2], [20, 0.6, 0.6, 0.6], [30, 0.5, 0.5, 0.5]],
+    }
+
+
+def test_summary_is_over_runs_and_differences_are_paired():
+    patients = ["a", "a", "b", "b"]
+    real = [run_of([0.5, 0.6, 0.7, 0.8], patients, seed=s) for s in range(2)]
+    more = [run_of(np.array([0.5, 0.6, 0.7, 0.8]) + 0.1, patients, "more") for _ in range(2)]
+    table = downstream.summary(real + more)
+    assert table.loc["real", "Dice, LA"] == pytest.approx(0.65) and table.loc["more", "runs"] == 2
+    assert table.loc["real", "Dice, LA_sd"] == 0 and table.loc["real", "ef_error"] == 5
+    assert table.loc["real", "ef_measured"] == 0.5
+    gap = downstream.paired_difference(more, real)
+    np.testing.assert_allclose(gap, 0.1)  # the patients differ by far more than the arms
+    with pytest.raises(DiffEchoError, match="different frames"):
+        downstream.paired_difference(more, [run_of([0.5], ["a"])])
+
+
+def test_steps_to_a_threshold_are_read_between_the_points():
+    run = run_of([0.5], ["a"])
+    assert downstream.steps_to(run, 0.4) == pytest.approx(15)
+    assert downstream.steps_to(run, 0.1) == 10 and downstream.steps_to(run, 0.9) == np.inf
+
+
+def test_runs_of_another_version_are_named_and_left_out(tmp_path):
+    facts = {"world": "phantom", "profile": "smoke", "command": "x"}
+    values = run_of([0.5], ["a"]) | {"version": downstream.RUN_VERSION}
+    results.save(tmp_path, "mine", values, **facts)
+    results.save(tmp_path / "below", "old", values | {"version": 0}, **facts)
+    (tmp_path / "broken.json").write_text("{")
+    runs, skipped = downstream.read_runs(tmp_path)
+    assert len(runs) == 1 and runs[0]["path"].name == "mine.json" and len(skipped) == 2
+    assert any("old.json: version 0" in line for line in skipped)
+    assert any("broken.json" in line for line in skipped)
+
+
+def test_patients_on_both_sides_and_missing_classes_are_refused(phantom_root):
+    table = camus.read_table(phantom_root)
+    training, validation = (camus.select(table, split) for split in ("training", "validation"))
+    downstream.check_apart(training, validation)
+    with pytest.raises(DiffEchoError, match="are in the training and in the test frames"):
+        downstream.check_apart(training, training)
+    downstream.check_apart(training, training, one_world=False)
+    with pytest.raises(DiffEchoError, match="no test frame of 4CH-ED, 4CH-ES"):
+        downstream.check_apart(training, validation[validation["view"] == "2CH"])
+
+
+def test_command_line_trains_with_a_set_and_refuses_one_without_maps(
+    phantom_root, synthetic, tmp_path, capsys
+):
+    command = ["downstream", "segmentation", "--data", str(phantom_root), "--profile", "smoke"]
+    path = tmp_path / "runs.json"
+    arms = ["--synthetic", str(synthetic), "--share", "0.5", "--seeds", "2", "--json", str(path)]
+    assert main([*command, *arms, "--steps", "2"]) == 0
+    values = results.load(path)["values"]
+    assert values["arm"] == "real + 0.5 copies" and [r["seed"] for r in values["runs"]] == [0, 1]
+    assert "real + 0.5 copies" in capsys.readouterr().out
+    assert main([*command, "--test-split", "training"]) == 1
+    assert "are in the training and in the test frames" in capsys.readouterr().err
+    assert main([*command, "--patients", "100"]) == 1
+    assert "100 were asked for" in capsys.readouterr().err
+    table = sampling.read_synthetic(synthetic, 64)[1].assign(label_map="")
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "images").symlink_to(synthetic / "images")
+    table.to_csv(bare / "metadata.csv", index=False)
+    assert main([*command, "--synthetic", str(bare)]) == 1
+    assert "without label maps cannot teach a segmenter" in capsys.readouterr().err
+
+
+def test_joined_frames_keep_their_order(frames):
+    first, second = frames.where(frames.classes == 0), frames.where(frames.classes == 3)
+    both = data.joined(first, second)
+    assert torch.equal(both.masks, torch.cat([first.masks, second.masks]))
+    assert both.table["patient"].tolist() == [*first.table["patient"], *second.table["patient"]]
+    assert both.classes.tolist() == [*first.classes.tolist(), *second.classes.tolist()]
