@@ -11,6 +11,13 @@ import numpy as np
 import pandas as pd
 import torch
 from monai.metrics import compute_dice, compute_hausdorff_distance
+from torchmetrics.functional.classification import (
+    accuracy,
+    calibration_error,
+    f1_score,
+    precision,
+    recall,
+)
 
 from diffecho_utils import (
     DiffEchoError,
@@ -185,6 +192,84 @@ def segmentation_run(
         "ef": {patient: np.round(pair, 2) for patient, pair in scores["ef"].items()},
         "curve": np.round(curve, 4),
     }
+
+
+def classification_run(
+    frames, test, profile, *, network="resnet18", seed=0, steps=None, points=10, **running
+):
+    """Train one classifier of the four classes on `frames`, score it on `test`: a run's values.
+
+    network: one of `models.BACKBONES`. Probabilities of every test frame, the four classes' in the
+    order of `camus.CLASSES`; `curve`, the share of test frames whose class is recognised at
+    `points` steps on the way; and `classification_scores`. `running`: amounts of `data.jitter`,
+    state, resume and progress.
+    """
+    torch.manual_seed(seed)
+    chosen = replace(profile.classification, steps=steps or profile.classification.steps)
+    chosen = replace(chosen, warmup=min(chosen.warmup, chosen.steps // 4))
+    stops = {round(chosen.steps * (k + 1) / points) for k in range(points)} - {0}
+    backbone, curve = models.Backbone(network), []
+    fitting = {
+        name: running.pop(name) for name in ("state", "resume", "progress") if name in running
+    }
+
+    def look(step):
+        accuracies = class_accuracies(classify(backbone, test.images), test.classes)
+        curve.append([step, accuracies["class"]])
+
+    log = training.fit(
+        training.ClassificationObjective(backbone, **running),
+        {"images": frames.images, "masks": frames.masks, "labels": frames.classes},
+        chosen,
+        fitting.pop("state", None),
+        seed=seed,
+        watch=(stops, look),
+        **fitting,
+    )
+    chances = classify(backbone.eval(), test.images)
+    return {
+        "version": RUN_VERSION,
+        "task": "classification",
+        "network": network,
+        "seed": seed,
+        "steps": chosen.steps,
+        "batch": chosen.batch,
+        "frames": len(frames),
+        "seconds": log["seconds"].sum(),
+        "patient": test.table["patient"].tolist(),
+        "class": test.classes.tolist(),
+        "probabilities": chances.numpy().round(4),
+        "scores": classification_scores(chances, test.classes),
+        "curve": np.round(curve, 4),
+    }
+
+
+def classification_scores(probabilities, classes):
+    """{"class", "view", "phase"}: accuracy, precision, recall, f1 (macro) and calibration_error.
+
+    Those of view and phase from the sums of the four classes' probabilities: (N, 4), (N,). The
+    calibration error is the mean gap between certainty and accuracy in ten bins (Guo et al. 2017).
+    """
+    chances, truth = torch.as_tensor(probabilities), torch.as_tensor(classes)
+    pairs = chances.unflatten(1, (len(camus.VIEWS), len(camus.PHASES)))
+    questions = {
+        "class": (chances, truth),
+        "view": (pairs.sum(2), truth // len(camus.PHASES)),
+        "phase": (pairs.sum(1), truth % len(camus.PHASES)),
+    }
+    found = {}
+    for name, (chance, answer) in questions.items():
+        kinds = {"task": "multiclass", "num_classes": chance.shape[1]}
+        macro = kinds | {"average": "macro"}
+        found[name] = {
+            "accuracy": accuracy(chance, answer, **kinds, average="micro"),
+            "precision": precision(chance, answer, **macro),
+            "recall": recall(chance, answer, **macro),
+            "f1": f1_score(chance, answer, **macro),
+            "calibration_error": calibration_error(chance, answer, **kinds, n_bins=10),
+        }
+        found[name] = {score: value.item() for score, value in found[name].items()}
+    return found
 
 
 def read_runs(folder):

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from sklearn import metrics as sklearn_metrics
 from torchmetrics.functional.segmentation import hausdorff_distance
 
 from diffecho_utils import DiffEchoError, camus, data, downstream, models, results, sampling
@@ -167,3 +168,29 @@ def test_joined_frames_keep_their_order(frames):
     assert torch.equal(both.masks, torch.cat([first.masks, second.masks]))
     assert both.table["patient"].tolist() == [*first.table["patient"], *second.table["patient"]]
     assert both.classes.tolist() == [*first.classes.tolist(), *second.classes.tolist()]
+
+
+def test_classification_scores_are_scikit_learns():
+    rng = np.random.default_rng(0)
+    chances = rng.dirichlet(np.ones(4), 60)
+    truth = np.where(rng.random(60) < 0.6, chances.argmax(1), rng.integers(4, size=60))
+    found = downstream.classification_scores(torch.from_numpy(chances), torch.from_numpy(truth))
+    for name, seen, answer in (
+        ("class", chances.argmax(1), truth),
+        ("view", chances.reshape(-1, 2, 2).sum(2).argmax(1), truth // 2),
+        ("phase", chances.reshape(-1, 2, 2).sum(1).argmax(1), truth % 2),
+    ):
+        scores = sklearn_metrics.precision_recall_fscore_support(answer, seen, average="macro")
+        expected = dict(zip(("precision", "recall", "f1"), scores, strict=False))
+        expected["accuracy"] = sklearn_metrics.accuracy_score(answer, seen)
+        for score, value in expected.items():
+            assert found[name][score] == pytest.approx(value, abs=1e-6), (name, score)
+        assert 0 < found[name]["calibration_error"] < 1
+
+
+def test_a_classification_run_scores_every_test_frame(frames, smoke):
+    few = frames.where(np.arange(len(frames)) < 8)
+    run = downstream.classification_run(few, few, smoke, steps=2, points=1, progress=lambda _: None)
+    assert np.shape(run["probabilities"]) == (8, 4) and run["curve"][-1][0] == 2
+    np.testing.assert_allclose(np.sum(run["probabilities"], 1), 1, atol=1e-3)
+    assert run["curve"][-1][1] == pytest.approx(run["scores"]["class"]["accuracy"], abs=1e-4)
