@@ -340,3 +340,41 @@ pd.DataFrame(rows).T
 
 # %% [markdown]
 # The networks, sizes and test patients of the published row are not this book's; it stands here as the yardstick that the field knows, not as a rival.
+
+# %% [markdown]
+# ## 9. Few patients, without leakage
+#
+# Where would one want synthetic data? Where real data are scarce. Then the generator has few patients, too, and a generator that was trained on 400 must not be used. In the second protocol generator and segmenter see the same 25, 50 or 100 patients, and nothing else; the autoencoder as well.
+#
+# TODO: record from benchmarks/segmentation.py --protocol low-data
+
+# %% [markdown]
+# ## 10. Where it fails
+#
+# Take the frames with the lowest Dice of an arm. The paper sorts its failures into three kinds, which can be turned into a rule:
+#
+# | kind | rule |
+# |---|---|
+# | a: everything is cavity | the read cavity covers more than half of the given atrium |
+# | b: the atrium merges into the ventricle | part of the atrium is read as cavity or myocardium, more than a quarter of it |
+# | c: something else draws the atrium away | the read atrium's centre lies outside of the given atrium |
+# | none of these | |
+
+# %%
+def kind_of_failure(read, truth):
+    """The paper's kind of failure of one frame's reading: "a", "b", "c" or ""."""
+    atrium, cavity = truth == camus.LABELS["LA"], read == camus.LABELS["LV cavity"]
+    if not atrium.any():
+        return ""
+    taken = (cavity & atrium).sum() / atrium.sum()
+    merged = ((cavity | (read == camus.LABELS["myocardium"])) & atrium).sum() / atrium.sum()
+    if taken > 0.5:
+        return "a"
+    if merged > 0.25:
+        return "b"
+    found = torch.nonzero(read == camus.LABELS["LA"]).float()
+    if len(found):
+        row, column = found.mean(0).round().long().tolist()
+        if not atrium[row, column]:
+            return "c"
+    return ""
