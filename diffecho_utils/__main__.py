@@ -109,11 +109,14 @@ def train_command(options):
         profile = profiles.narrowed(profile, options.width)
     if options.views:
         profile = replace(profile, jittered_views=options.views)
+    if options.patients:
+        profile = replace(profile, patients=options.patients)
     changed = {name: getattr(options, name) for name in _RECIPE}
     profile = profiles.adapt(profile, options.model, steps=options.steps, **changed)
     table = camus.select(
         camus.read_table(options.data), split=options.split, patients=profile.patients
     )
+    _enough(table, options.patients, options.split, options.data)
     cache = assets.workspace() / "cache"
     frames = data.load_frames(table, profile.side, not options.stretch, cache_dir=cache)
     needs = {
@@ -137,11 +140,19 @@ def train_command(options):
     print(f"wrote {options.out}")
 
 
+def _enough(rows, wanted, split, root):
+    found = rows["patient"].nunique()
+    if wanted and found < wanted:
+        raise DiffEchoError(
+            f"{root}: {found} patients in {split}, {wanted} were asked for; ask for fewer"
+        )
+
+
 def _train_line(options):
     """The command again, without paths, for the record."""
     line = f"python -m diffecho_utils train {options.model} --profile {options.profile}"
     line += f" --seed {options.seed}"
-    for name in ("latent_channels", "width", "views", "steps", *_RECIPE, "minutes"):
+    for name in ("latent_channels", "width", "views", "patients", "steps", *_RECIPE, "minutes"):
         value = getattr(options, name)
         if value is not None:
             values = value if isinstance(value, list) else [value]
@@ -285,12 +296,7 @@ def downstream_command(options):
     tests = camus.read_table(options.test_data) if options.test_data else table
     rows = camus.select(table, options.train_split, patients=options.patients)
     test_rows = camus.select(tests, options.test_split, patients=profile.patients)
-    found = rows["patient"].nunique()
-    if options.patients and found < options.patients:
-        raise DiffEchoError(
-            f"{options.data}: {found} patients in {options.train_split}, {options.patients} were "
-            "asked for; ask for fewer"
-        )
+    _enough(rows, options.patients, options.train_split, options.data)
     downstream.check_apart(rows, test_rows, tests.attrs["world"] == table.attrs["world"])
     synthetic, stretched = None, options.stretch
     if options.synthetic:
@@ -461,6 +467,7 @@ def _parser():
     sub.add_argument("--latent-channels", type=int)
     sub.add_argument("--width", type=float, help="networks so many times as wide as the profile's")
     sub.add_argument("--views", type=int, help="cached copies of each frame, all but one jittered")
+    sub.add_argument("--patients", type=int, help="the first so many of the split only")
     sub.add_argument("--seed", type=int, default=0)
 
     sub = command(
