@@ -117,7 +117,8 @@ def check_apart(training_rows, test_rows, one_world=True):
 
 
 def score_segmenter(network, frames):
-    """Scores on `frames`: {"dice": (N, 3), "hd95": (N, 3), "ef": {patient: (map's, read)}}.
+    """Scores on `frames`: {"dice": (N, 3), "hd95": (N, 3), "atrium": (N, 3), "ef": {patient:
+    (map's, read)}}; atrium as `atrium_errors`.
 
     hd95: 95th percentile of the distance between the outlines, in pixels, NaN where either is
     missing; ef in %, NaN where it cannot be measured.
@@ -127,11 +128,32 @@ def score_segmenter(network, frames):
     return {
         "dice": dice(read, frames.masks),
         "hd95": hausdorff(read, frames.masks),
+        "atrium": atrium_errors(read, frames.masks),
         "ef": {
             patient: (fractions[0][patient], fractions[1].get(patient, np.nan))
             for patient in fractions[0].index
         },
     }
+
+
+def atrium_errors(predicted, truth):
+    """What became of the atrium in each frame: (N, 3) shares, what the paper's failures differ in.
+
+    Of the given atrium's pixels the share read as cavity, and as cavity or myocardium; of the pixels
+    read as atrium the share that lies outside the given one. NaN where there is no such atrium.
+    """
+    cavity, wall, atrium = (camus.LABELS[name] for name in ("LV cavity", "myocardium", "LA"))
+    given, read = (masks == atrium for masks in (truth, predicted))
+    inside = [
+        ((predicted == cavity) & given),
+        ((predicted == cavity) | (predicted == wall)) & given,
+        read & ~given,
+    ]
+    shares = [
+        part.sum((1, 2)) / whole.sum((1, 2))
+        for part, whole in zip(inside, (given, given, read), strict=True)
+    ]
+    return torch.stack(shares, 1).double().numpy()
 
 
 def hausdorff(predicted, truth):
@@ -189,6 +211,7 @@ def segmentation_run(
         "class": test.classes.tolist(),
         "dice": scores["dice"].round(4),
         "hd95": scores["hd95"].round(2),
+        "atrium": scores["atrium"].round(3),
         "ef": {patient: np.round(pair, 2) for patient, pair in scores["ef"].items()},
         "curve": np.round(curve, 4),
     }

@@ -61,6 +61,18 @@ def test_hausdorff_distance_is_that_of_torchmetrics_where_nothing_is_cut_off(fra
     assert (downstream.hausdorff(truth, truth) == 0).all()
 
 
+def test_errors_of_the_atrium_by_hand():
+    truth = torch.zeros(3, 8, 8, dtype=torch.uint8)
+    truth[:2, 4:, :4] = 3  # 16 pixels; the third frame has none
+    read = truth.clone()
+    read[0, 4:6, :4] = 1  # half of it read as cavity,
+    read[0, 6, :4] = 2  # a quarter as myocardium
+    read[1, 4:, 4:] = 3  # and as much again beside it
+    found = downstream.atrium_errors(read, truth)
+    np.testing.assert_allclose(found[:2], [[0.5, 0.75, 0], [0, 0, 0.5]])
+    assert np.isnan(found[2]).all()
+
+
 def test_paper_segmenter_has_the_papers_size():
     assert models.count_parameters(models.build_paper_segmenter(256)) == 664_282
     network = models.build_paper_segmenter(64)
