@@ -38,7 +38,7 @@ def main():
     parser.add_argument("--sets", type=Path, required=True, help="folder of text-seg and sdm")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="NAME")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--steps", type=int, help="to try it out; default: the recipe's")
+    parser.add_argument("--steps", type=int, default=800, help="of the optimiser, in every arm")
     parser.add_argument("--out", type=Path, help="default: data/results/camus/cpu/segmentation")
     options = parser.parse_args()
     profile, table = profiles.get("cpu"), camus.read_table(options.data)
@@ -68,7 +68,7 @@ def main():
                 frames = (
                     drawn if share is None else downstream.with_synthetic(real, drawn, share, seed)
                 )
-            steps = options.steps or profile.segmentation.steps
+            steps = options.steps
             if asked.get("match_epochs"):
                 steps = round(steps * len(frames) / len(real))
             print(f"{arm}, seed {seed}: {len(frames)} frames, {steps} steps", flush=True)
