@@ -172,12 +172,16 @@ def sample_command(options):
     facts = {key: made.get(key) for key in ("world", "profile", "commit", "stretched")}
     frames = None
     if options.masks:
-        rows = camus.select(camus.read_table(options.masks), split=options.split)
+        rows = camus.select(
+            camus.read_table(options.masks), split=options.split, patients=options.patients
+        )
+        _enough(rows, options.patients, options.split, options.masks)
         side = 8 * generator.latent_shape[-1]
         keep_aspect = not made.get("stretched", False)  # as the frames were that it learned from
         cache = assets.workspace() / "cache"
         frames = data.load_frames(rows, side, keep_aspect, cache_dir=cache)
         facts |= {"masks_world": rows.attrs["world"], "masks_split": options.split}
+        facts |= {"masks_patients": rows["patient"].nunique()}
     planned = sampling.plan(options.model, options.n, frames, options.template)
     table = sampling.write_synthetic(
         generator,
@@ -480,6 +484,7 @@ def _parser():
     sub.add_argument("--n", type=int, default=50, help="images of each of the four classes")
     sub.add_argument("--masks", type=Path, metavar="ROOT", help="a CAMUS folder: its label maps")
     sub.add_argument("--split", default="training", choices=camus.SPLITS, help="of the label maps")
+    sub.add_argument("--patients", type=int, help="label maps of the first so many of the split")
     sub.add_argument(
         "--template", choices=prompts.TEMPLATES, help="of the prompts; default: the paper's"
     )
