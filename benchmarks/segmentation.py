@@ -36,6 +36,7 @@ PLAIN = {
     "augment": True,
     "recipe": "tuned",
     "match_epochs": False,
+    "steps": None,  # of the optimiser; None: the profile's
 }
 # Arm: what differs from "real", which has classical augmentation and the tuned recipe.
 ARMS = {"real": {}, "real, not augmented": {"augment": False}, "real, paper": {"recipe": "paper"}}
@@ -49,8 +50,11 @@ for word, change in {
 }.items():
     ARMS |= {f"real + 1 {name}, {word}": {"set": name} | change for name in SETS}
 for n in (25, 50, 100):
-    ARMS |= {f"{n} patients": {"patients": n}}
-    ARMS |= {f"{n} patients + sdm": {"patients": n, "set": f"sdm-{n}", "share": 100 / n}}
+    few = {"patients": n, "steps": 500}
+    ARMS |= {f"{n} patients": few}
+    ARMS |= {f"{n} patients + sdm": few | {"set": f"sdm-{n}", "share": 100 / n}}
+for name, change in {"real": {}, "real + 1 text-seg": {"set": "text-seg"}}.items():
+    ARMS |= {f"{name}, long": change | {"steps": 3000}}
 
 
 def main():
@@ -97,7 +101,7 @@ def main():
                 frames = sets[folder]
                 if asked["share"]:
                     frames = downstream.with_synthetic(mine, frames, asked["share"], seed)
-            steps = profile.segmentation.steps
+            steps = asked["steps"] or profile.segmentation.steps
             if asked["match_epochs"]:
                 steps = round(steps * len(frames) / len(mine))
             print(f"{arm}, seed {seed}: {len(frames)} frames, {steps} steps", flush=True)

@@ -295,51 +295,48 @@ def _features(options):
 def downstream_command(options):
     from diffecho_utils import assets, data, downstream, profiles, results, sampling
 
+    if options.synthetic_only and not options.synthetic:
+        raise DiffEchoError("--synthetic-only trains on a set; name one with --synthetic DIR")
     profile = profiles.get(options.profile)
     table, cache = camus.read_table(options.data), assets.workspace() / "cache"
     tests = camus.read_table(options.test_data) if options.test_data else table
-    rows = camus.select(table, options.train_split, patients=options.patients)
+    rows = camus.select(table, options.train_split, patients=options.patients or profile.patients)
     test_rows = camus.select(tests, options.test_split, patients=profile.patients)
     _enough(rows, options.patients, options.train_split, options.data)
-    downstream.check_apart(rows, test_rows, tests.attrs["world"] == table.attrs["world"])
+    downstream.check_apart(rows, test_rows)
     synthetic, stretched = None, options.stretch
     if options.synthetic:
-        _, metadata = sampling.read_synthetic(options.synthetic, profile.side)
-        if not metadata["label_map"].astype(bool).all():
-            raise DiffEchoError(
-                f"{options.synthetic}: a set without label maps cannot teach a segmenter; sample it "
-                "with text-seg or sdm and --masks"
-            )
         synthetic = sampling.read_frames(options.synthetic, profile.side)
+        if options.task == "segmentation":
+            downstream.check_label_maps(synthetic, options.synthetic)
         stretched = sampling.read_settings(options.synthetic).get("stretched", stretched)
     real, test = (
         data.load_frames(r, profile.side, keep_aspect=not stretched, cache_dir=cache)
         for r in (rows, test_rows)
     )
-    frames, arm = real, "real"
-    if options.synthetic_only:
-        frames, arm = synthetic, f"{options.synthetic.name} alone"
-    elif synthetic is not None:
-        frames = downstream.with_synthetic(real, synthetic, options.share)
-        arm = f"real + {options.share:g} {options.synthetic.name}"
-    steps = options.steps or profile.segmentation.steps
-    if options.match_epochs:
-        steps = round(steps * len(frames) / len(real))
-    still = dict.fromkeys(("degrees", "shift", "zoom", "gain", "contrast"), 0)
+    arm, name = "real", options.synthetic and options.synthetic.name
+    if synthetic is not None:
+        arm = f"{name} alone" if options.synthetic_only else f"real + {options.share:g} {name}"
+    settings = {"steps": options.steps}
+    if options.no_augmentation:
+        settings |= dict.fromkeys(("degrees", "shift", "zoom", "gain", "contrast"), 0)
+    if options.task == "segmentation":
+        train, settings["recipe"] = downstream.segmentation_run, options.recipe
+    else:
+        train, settings["network"] = downstream.classification_run, options.network
     runs = []
     for seed in range(options.seeds):
-        print(f"{arm}, seed {seed}: {len(frames)} frames")
-        run = downstream.segmentation_run(
-            frames,
-            test,
-            profile,
-            seed=seed,
-            recipe=options.recipe,
-            steps=steps,
-            **(still if options.no_augmentation else {}),
-        )
-        runs.append(run | {"arm": arm})
-    print(downstream.summary(runs).to_string(float_format="{:.3f}".format))
+        frames = real
+        if synthetic is not None:
+            frames = synthetic
+            if not options.synthetic_only:
+                frames = downstream.with_synthetic(real, synthetic, options.share, seed)
+        if options.match_epochs:
+            steps = options.steps or getattr(profile, options.task).steps
+            settings["steps"] = round(steps * len(frames) / len(real))
+        print(f"{arm}, seed {seed}: {len(frames)} frames", flush=True)
+        runs.append(train(frames, test, profile, seed=seed, **settings) | {"arm": arm})
+    print(downstream.summary(runs).T.to_string(float_format="{:.3f}".format))
     if options.json:
         results.save(
             options.json.parent,
@@ -349,8 +346,10 @@ def downstream_command(options):
             profile=profile.name,
             split=options.test_split,
             seeds=range(options.seeds),
-            command=f"python -m diffecho_utils downstream segmentation --recipe {options.recipe}",
+            command=f"python -m diffecho_utils downstream {options.task} "
+            f"--train-split {options.train_split} --test-split {options.test_split}",
         )
+        print(f"wrote {options.json}")
 
 
 def book_command(options):
@@ -532,7 +531,7 @@ def _parser():
         downstream_command,
         "train and score networks with and without synthetic frames",
     )
-    sub.add_argument("task", choices=("segmentation",))
+    sub.add_argument("task", choices=("segmentation", "classification"))
     sub.add_argument("--data", type=Path, required=True, metavar="ROOT", help="a CAMUS folder")
     sub.add_argument("--synthetic", type=Path, metavar="DIR", help="a set that `sample` wrote")
     sub.add_argument("--share", type=float, default=1.0, help="synthetic frames for a real one")
@@ -542,7 +541,8 @@ def _parser():
     sub.add_argument("--test-data", type=Path, metavar="ROOT", help="another folder to test on")
     sub.add_argument("--patients", type=int, help="train on the first so many only")
     sub.add_argument("--profile", default="cpu")
-    sub.add_argument("--recipe", default="tuned", choices=("tuned", "paper"))
+    sub.add_argument("--recipe", default="tuned", choices=("tuned", "paper"), help="segmentation")
+    sub.add_argument("--network", default="small", help="classification: small, resnet18, ...")
     sub.add_argument("--steps", type=int, help="of the optimiser; default: the recipe's")
     sub.add_argument(
         "--match-epochs",

@@ -4,6 +4,7 @@ Chapters 02 to 08, and the phantom's measurement. `train_segmenter` calls the on
 (`training.fit`), so a run resumes and is a function of its seed.
 """
 
+import warnings
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from monai.metrics import compute_dice, compute_hausdorff_distance
 from torchmetrics.functional.classification import (
     accuracy,
@@ -105,12 +107,17 @@ def with_synthetic(real, synthetic, share, seed=0):
     return data.joined(real, synthetic.where(keep))
 
 
-def check_apart(training_rows, test_rows, one_world=True):
+def check_apart(training_rows, test_rows):
     """Raise DiffEchoError if a patient is in both tables, or one lacks a class.
 
-    one_world: whether one name means one patient in both, as in two folders of CAMUS.
+    In two folders one name may stand for two patients: those with the same picture are the same.
     """
-    both = sorted(set(training_rows["patient"]) & set(test_rows["patient"])) if one_world else []
+    firsts = [rows.groupby("patient").first() for rows in (training_rows, test_rows)]
+    both = [
+        patient
+        for patient in sorted(set(firsts[0].index) & set(firsts[1].index))
+        if _same_picture(*(rows.loc[patient] for rows in firsts))
+    ]
     if both:
         raise DiffEchoError(
             f"{len(both)} patients are in the training and in the test frames (first: {both[0]}); "
@@ -121,6 +128,16 @@ def check_apart(training_rows, test_rows, one_world=True):
         lost = [f"{v}-{p}" for v, p in camus.CLASSES if (v, p) not in there]
         if lost:
             raise DiffEchoError(f"no {name} frame of {', '.join(lost)}; give a complete split")
+
+
+def check_label_maps(frames, name):
+    """Raise DiffEchoError if a synthetic set, read as `frames` from `name`, lacks label maps."""
+    lost = int((frames.table["label_map"].fillna("") == "").sum())
+    if lost:
+        raise DiffEchoError(
+            f"{name}: {lost} of {len(frames)} images have no label map and cannot teach a segmenter; "
+            "sample a set with text-seg or sdm, and --masks"
+        )
 
 
 def score_segmenter(network, frames):
@@ -165,9 +182,11 @@ def atrium_errors(predicted, truth):
 
 def hausdorff(predicted, truth):
     """95 % Hausdorff distance of each frame and structure, in pixels: (N, 3) float64, NaN if empty."""
-    distances = compute_hausdorff_distance(
-        _structures(predicted), _structures(truth), include_background=True, percentile=95
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of empty structures, which become NaN below
+        distances = compute_hausdorff_distance(
+            _structures(predicted), _structures(truth), include_background=True, percentile=95
+        )
     found = distances.double().numpy()
     found[~np.isfinite(found)] = np.nan
     return found
@@ -225,42 +244,63 @@ def segmentation_run(
 
 
 def classification_run(
-    frames, test, profile, *, network="resnet18", seed=0, steps=None, points=10, **running
+    frames,
+    test,
+    profile,
+    *,
+    network="resnet18",
+    side=None,
+    seed=0,
+    steps=None,
+    points=10,
+    pretrained=False,
+    recipe=None,
+    **running,
 ):
     """Train one classifier of the four classes on `frames`, score it on `test`: a run's values.
 
-    network: one of `models.BACKBONES`. Probabilities of every test frame, the four classes' in the
-    order of `camus.CLASSES`; `curve`, the share of test frames whose class is recognised at
-    `points` steps on the way; and `classification_scores`. `running`: amounts of `data.jitter`,
-    state, resume and progress.
+    network: "small", the profile's, or one of `models.BACKBONES`; side: pixels to shrink the frames to;
+    recipe: rows of `profiles.Recipe` that differ from the profile's. Probabilities of every test
+    frame, the four classes' in the order of `camus.CLASSES`; `curve`, at `points` steps on the way
+    the shares of test frames whose class, view and phase are recognised; and `classification_scores`.
+    `running`: amounts of `data.jitter`, state, resume and progress.
     """
     torch.manual_seed(seed)
-    chosen = replace(profile.classification, steps=steps or profile.classification.steps)
+    chosen = replace(profile.classification, **(recipe or {}))
+    chosen = replace(chosen, steps=steps or chosen.steps)
     chosen = replace(chosen, warmup=min(chosen.warmup, chosen.steps // 4))
     stops = {round(chosen.steps * (k + 1) / points) for k in range(points)} - {0}
-    backbone, curve = models.Backbone(network), []
+    classifier, curve = classification_network(network, profile, pretrained), []
+    images, tests = (classification_shrunk(part.images, side) for part in (frames, test))
     fitting = {
         name: running.pop(name) for name in ("state", "resume", "progress") if name in running
     }
 
     def look(step):
-        accuracies = class_accuracies(classify(backbone, test.images), test.classes)
-        curve.append([step, accuracies["class"]])
+        found = class_accuracies(classify(classifier, tests), test.classes)
+        curve.append([step, *(found[name] for name in ("class", "view", "phase"))])
 
     log = training.fit(
-        training.ClassificationObjective(backbone, **running),
-        {"images": frames.images, "masks": frames.masks, "labels": frames.classes},
+        training.ClassificationObjective(classifier, **running),
+        {
+            "images": images,
+            "masks": torch.zeros(len(images), 1, 1, dtype=torch.uint8),  # not needed here
+            "labels": frames.classes,
+        },
         chosen,
         fitting.pop("state", None),
         seed=seed,
         watch=(stops, look),
         **fitting,
     )
-    chances = classify(backbone.eval(), test.images)
+    chances = classify(classifier.eval(), tests)
     return {
         "version": RUN_VERSION,
         "task": "classification",
         "network": network,
+        "pretrained": pretrained,
+        "side": images.shape[-1],
+        "parameters": models.count_parameters(classifier),
         "seed": seed,
         "steps": chosen.steps,
         "batch": chosen.batch,
@@ -272,6 +312,28 @@ def classification_run(
         "scores": classification_scores(chances, test.classes),
         "curve": np.round(curve, 4),
     }
+
+
+def classification_network(name, profile, pretrained=False):
+    """The network of this name to train: "small", the profile's own, or one of `models.BACKBONES`."""
+    if name == "small":
+        return models.build_classifier(profile)
+    network = models.Backbone(name, pretrained=pretrained)
+    for layer in network.modules():
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            layer.momentum = 0.1  # EfficientNet's 0.01 would need thousands of steps
+        elif isinstance(layer, torch.nn.Conv2d) and name.startswith("vgg") and not pretrained:
+            # Without normalisation the signal dies on its way through torch's own start (He et al. 2015)
+            torch.nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+            torch.nn.init.zeros_(layer.bias)
+    return network
+
+
+def classification_shrunk(images, side=None):
+    """Images (N, 1, S, S) at another side, anti-aliased; None: as they are."""
+    if side in (None, images.shape[-1]):
+        return images
+    return F.interpolate(images, (side, side), mode="bilinear", antialias=True)
 
 
 def classification_scores(probabilities, classes):
@@ -305,7 +367,8 @@ def classification_scores(probabilities, classes):
 def read_runs(source):
     """(runs, skipped): every run's values, and what was left out and why.
 
-    source: a folder of records, one a run, or the zip that `results.pack` made of it. Left out are
+    source: a folder of records, as the benchmarks or `downstream --json` write, or the zip that
+    `results.pack` made of it. Left out are
     records of another version of the package's runs, and files that are no records.
     """
     source, texts = Path(source), {}
@@ -327,56 +390,76 @@ def read_runs(source):
         if found != RUN_VERSION:
             skipped.append(f"{name}: version {found}, this package reads {RUN_VERSION}; run again")
             continue
-        runs.append(record["values"] | {"record": record})
+        values = record["values"]  # of one run, or of those of a `downstream` command
+        runs += [run | {"record": record} for run in values.get("runs", [values])]
     return runs, skipped
 
 
 def summary(runs):
     """One row an arm: mean over its runs and, as <name>_sd, their deviation; runs have an "arm".
 
-    Dice of each structure, hd95 of each in pixels, ef_error, the mean absolute error of the EF in
-    points, over the patients where it could be measured, and their share, ef_measured.
+    Of segmentation Dice of each structure, hd95 of each in pixels, ef_error, the mean absolute error
+    of the EF in points over the patients where it could be measured, and their share, ef_measured;
+    of classification the scores of each question. "runs" counts them.
     """
-    rows = []
-    for run in runs:
-        row = {"arm": run["arm"]}
-        for name, unit in (("dice", "Dice"), ("hd95", "hd95")):
-            means = np.nanmean(np.array(run[name], dtype=float), 0)
-            row |= {f"{unit}, {part}": m for part, m in zip(STRUCTURES, means, strict=True)}
-        asked, read = np.array(list(run["ef"].values()), dtype=float).T
-        rows.append(
-            row
-            | {
-                "ef_error": np.nanmean(np.abs(read - asked)),
-                "ef_measured": np.isfinite(read).mean(),
-            }
-        )
-    groups = pd.DataFrame(rows).groupby("arm", sort=False)
+    groups = pd.DataFrame([{"arm": run["arm"]} | _means(run) for run in runs]).groupby(
+        "arm", sort=False
+    )
     found = groups.mean().join(groups.std().add_suffix("_sd"))
     return found.assign(runs=groups.size())
 
 
-def paired_difference(ours, theirs, score="dice", repeats=1000):
-    """Mean over seeds of `ours` minus that of `theirs`, per structure: (3, 3) value, low, high.
+def _same_picture(ours, theirs):
+    if ours["image"] == theirs["image"]:
+        return True
+    pictures = [camus.read_frame(row)[0] for row in (ours, theirs)]
+    return pictures[0].shape == pictures[1].shape and (pictures[0] == pictures[1]).all()
 
-    ours, theirs: runs on the same test frames; 95 % bootstrap interval over patients. Raises
-    DiffEchoError if the test frames differ.
+
+def _means(run):
+    if run["task"] == "classification":
+        return {f"{q}, {name}": v for q, s in run["scores"].items() for name, v in s.items()}
+    row = {}
+    for name, unit in (("dice", "Dice"), ("hd95", "hd95")):
+        means = np.nanmean(np.array(run[name], dtype=float), 0)
+        row |= {f"{unit}, {part}": m for part, m in zip(STRUCTURES, means, strict=True)}
+    asked, read = np.array(list(run["ef"].values()), dtype=float).T
+    errors = np.abs(read - asked)
+    return row | {"ef_error": np.nanmean(errors), "ef_measured": np.isfinite(read).mean()}
+
+
+def paired_difference(ours, theirs, score="dice", repeats=1000):
+    """Mean of `ours` minus that of `theirs`, for each structure: (3, 3) value, low, high.
+
+    ours, theirs: runs on the same test frames. 95 % bootstrap interval: in each repeat patients are
+    drawn, the same for both, and of both the runs. Raises DiffEchoError if the test frames differ.
     """
     frames = {tuple(zip(run["patient"], run["class"], strict=True)) for run in [*ours, *theirs]}
     if len(frames) != 1:
         raise DiffEchoError("these runs were scored on different frames; compare like with like")
-    means = [
-        np.nanmean([np.array(run[score], dtype=float) for run in runs], 0)
-        for runs in (ours, theirs)
+    scores = [np.array([run[score] for run in runs], dtype=float) for runs in (ours, theirs)]
+    names, patients = np.unique(ours[0]["patient"], return_inverse=True)
+    # (runs, patients, structures): sums and counts of the frames that have a score
+    parts = [
+        np.stack([values[:, patients == p].sum(1) for p in range(len(names))], 1)
+        for table in scores
+        for values in (np.nan_to_num(table), np.isfinite(table))
     ]
-    gap, patients = means[0] - means[1], np.array(ours[0]["patient"])
-    found = []
-    for column in gap.T:
-        low, high = metrics.bootstrap_interval(
-            lambda rows, column=column: np.nanmean(column[rows]), patients, repeats
+    rng = np.random.default_rng(0)
+
+    def gap(runs, drawn):
+        sums = [part[runs[i // 2]][:, drawn].sum((0, 1)) for i, part in enumerate(parts)]
+        return sums[0] / sums[1] - sums[2] / sums[3]
+
+    value = gap([slice(None)] * 2, slice(None))
+    draws = [
+        gap(
+            [rng.integers(len(table), size=len(table)) for table in scores],
+            rng.integers(len(names), size=len(names)),
         )
-        found.append((np.nanmean(column), low, high))
-    return np.array(found)
+        for _ in range(repeats)
+    ]
+    return np.column_stack([value, *np.quantile(draws, [0.025, 0.975], axis=0)])
 
 
 def steps_to(run, threshold):

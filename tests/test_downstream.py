@@ -1,6 +1,7 @@
 """Segmenters are scored frame by frame, with and without synthetic frames, on patients apart."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -8,7 +9,16 @@ import torch
 from sklearn import metrics as sklearn_metrics
 from torchmetrics.functional.segmentation import hausdorff_distance
 
-from diffecho_utils import DiffEchoError, camus, data, downstream, models, results, sampling
+from diffecho_utils import (
+    DiffEchoError,
+    camus,
+    data,
+    downstream,
+    models,
+    phantom,
+    results,
+    sampling,
+)
 from diffecho_utils.__main__ import main
 
 
@@ -97,6 +107,7 @@ def test_a_run_scores_every_test_frame_and_its_curve_ends_where_the_run_ends(fra
 def run_of(dice, patients, arm="real", seed=0):
     n = len(dice)
     return {
+        "task": "segmentation",
         "arm": arm,
         "seed": seed,
         "patient": patients,
@@ -131,13 +142,25 @@ def test_steps_to_a_threshold_are_read_between_the_points():
 def test_runs_of_another_version_are_named_and_left_out(tmp_path):
     facts = {"world": "phantom", "profile": "smoke", "command": "x"}
     values = run_of([0.5], ["a"]) | {"version": downstream.RUN_VERSION}
-    results.save(tmp_path, "mine", values, **facts)
-    results.save(tmp_path / "below", "old", values | {"version": 0}, **facts)
-    (tmp_path / "broken.json").write_text("{")
-    runs, skipped = downstream.read_runs(tmp_path)
-    assert len(runs) == 1 and runs[0]["path"].name == "mine.json" and len(skipped) == 2
-    assert any("old.json: version 0" in line for line in skipped)
-    assert any("broken.json" in line for line in skipped)
+    folder = tmp_path / "runs"
+    results.save(folder, "mine", values, **facts)
+    both = {"version": downstream.RUN_VERSION, "runs": [values, values | {"seed": 7}]}
+    results.save(folder, "two", both, **facts)
+    results.save(folder, "old", values | {"version": 0}, **facts)
+    (folder / "broken.json").write_text("{")
+    packed = results.pack(folder, tmp_path / "runs.zip")
+    for source in (folder, packed):
+        runs, skipped = downstream.read_runs(source)
+        assert [run["seed"] for run in runs] == [0, 0, 7] and len(skipped) == 2
+        assert runs[0]["record"]["name"] == "mine"
+        assert any("old.json: version 0" in line for line in skipped)
+        assert any("broken.json" in line for line in skipped)
+    again = results.pack(folder, tmp_path / "again.zip")
+    assert again.read_bytes() == packed.read_bytes()
+    with pytest.raises(DiffEchoError, match="no such runs"):
+        downstream.read_runs(tmp_path / "nothing")
+    with pytest.raises(DiffEchoError, match="no record"):
+        results.pack(tmp_path / "nothing", tmp_path / "x.zip")
 
 
 def test_patients_on_both_sides_and_missing_classes_are_refused(phantom_root):
@@ -146,7 +169,6 @@ def test_patients_on_both_sides_and_missing_classes_are_refused(phantom_root):
     downstream.check_apart(training, validation)
     with pytest.raises(DiffEchoError, match="are in the training and in the test frames"):
         downstream.check_apart(training, training)
-    downstream.check_apart(training, training, one_world=False)
     with pytest.raises(DiffEchoError, match="no test frame of 4CH-ED, 4CH-ES"):
         downstream.check_apart(training, validation[validation["view"] == "2CH"])
 
@@ -161,6 +183,9 @@ def test_command_line_trains_with_a_set_and_refuses_one_without_maps(
     values = results.load(path)["values"]
     assert values["arm"] == "real + 0.5 copies" and [r["seed"] for r in values["runs"]] == [0, 1]
     assert "real + 0.5 copies" in capsys.readouterr().out
+    assert [run["arm"] for run in downstream.read_runs(tmp_path)[0]] == ["real + 0.5 copies"] * 2
+    assert main([*command, "--synthetic-only"]) == 1
+    assert "name one with --synthetic" in capsys.readouterr().err
     assert main([*command, "--test-split", "training"]) == 1
     assert "are in the training and in the test frames" in capsys.readouterr().err
     assert main([*command, "--patients", "100"]) == 1
@@ -171,7 +196,21 @@ def test_command_line_trains_with_a_set_and_refuses_one_without_maps(
     (bare / "images").symlink_to(synthetic / "images")
     table.to_csv(bare / "metadata.csv", index=False)
     assert main([*command, "--synthetic", str(bare)]) == 1
-    assert "without label maps cannot teach a segmenter" in capsys.readouterr().err
+    assert "have no label map and cannot teach a segmenter" in capsys.readouterr().err
+    task = ["downstream", "classification", *command[2:], "--synthetic", str(bare), "--steps", "2"]
+    assert main([*task, "--synthetic-only", "--no-augmentation"]) == 0
+    assert "class, accuracy" in capsys.readouterr().out
+
+
+def test_tested_in_another_folder(phantom_root, tmp_path, capsys):
+    """There a name that is known is another patient, unless the pictures are the same."""
+    command = ["downstream", "segmentation", "--profile", "smoke", "--steps", "2"]
+    command += ["--data", str(phantom_root), "--test-split", "training", "--test-data"]
+    other = phantom.write(tmp_path / "other", patients=10, seed=99)
+    assert main([*command, str(other)]) == 0
+    copy = shutil.copytree(phantom_root, tmp_path / "copy")
+    assert main([*command, str(copy)]) == 1
+    assert "are in the training and in the test frames" in capsys.readouterr().err
 
 
 def test_joined_frames_keep_their_order(frames):
