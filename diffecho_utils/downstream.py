@@ -342,13 +342,7 @@ def classification_scores(probabilities, classes):
     Those of view and phase from the sums of the four classes' probabilities: (N, 4), (N,). The
     calibration error is the mean gap between certainty and accuracy in ten bins (Guo et al. 2017).
     """
-    chances, truth = torch.as_tensor(probabilities), torch.as_tensor(classes)
-    pairs = chances.unflatten(1, (len(camus.VIEWS), len(camus.PHASES)))
-    questions = {
-        "class": (chances, truth),
-        "view": (pairs.sum(2), truth // len(camus.PHASES)),
-        "phase": (pairs.sum(1), truth % len(camus.PHASES)),
-    }
+    questions = classification_questions(torch.as_tensor(probabilities), torch.as_tensor(classes))
     found = {}
     for name, (chance, answer) in questions.items():
         kinds = {"task": "multiclass", "num_classes": chance.shape[1]}
@@ -362,6 +356,79 @@ def classification_scores(probabilities, classes):
         }
         found[name] = {score: value.item() for score, value in found[name].items()}
     return found
+
+
+def classification_questions(probabilities, classes):
+    """{"class", "view", "phase"}: (probabilities of its answers (N, K), the right ones (N,)).
+
+    Those of view and phase are sums of the four classes' probabilities: tensors (N, 4) and (N,).
+    """
+    pairs = probabilities.unflatten(1, (len(camus.VIEWS), len(camus.PHASES)))
+    # A sum a rounding error above 1 would be taken for a logit by torchmetrics
+    view, phase = (pairs.sum(axis).clamp(max=1) for axis in (2, 1))
+    return {
+        "class": (probabilities, classes),
+        "view": (view, classes // len(camus.PHASES)),
+        "phase": (phase, classes % len(camus.PHASES)),
+    }
+
+
+def classification_confusion(run, question="class"):
+    """How often each answer was given to each truth, of each patient: (P, K, K), truth in rows."""
+    chances, truth = classification_questions(
+        torch.tensor(run["probabilities"], dtype=torch.float64), torch.tensor(run["class"])
+    )[question]
+    patients = np.unique(run["patient"], return_inverse=True)[1]
+    counts = np.zeros((patients.max() + 1, chances.shape[1], chances.shape[1]))
+    np.add.at(counts, (patients, truth.numpy(), chances.argmax(1).numpy()), 1)
+    return counts
+
+
+def classification_difference(ours, theirs, question="class", score="accuracy", repeats=1000):
+    """Mean of `ours` minus that of `theirs`: (value, low, high); score: "accuracy" or macro "f1".
+
+    ours, theirs: runs on the same test frames. 95 % bootstrap interval: in each repeat patients are
+    drawn, the same for both, and of both the runs. Raises DiffEchoError if the test frames differ.
+    """
+    frames = {tuple(zip(run["patient"], run["class"], strict=True)) for run in [*ours, *theirs]}
+    if len(frames) != 1:
+        raise DiffEchoError("these runs were scored on different frames; compare like with like")
+    tables = [np.stack([classification_confusion(r, question) for r in s]) for s in (ours, theirs)]
+    rng, measure = np.random.default_rng(0), {"accuracy": _accuracy, "f1": _macro_f1}[score]
+
+    def gap(runs, patients):
+        first, second = (
+            measure(table[rows][:, patients].sum(1)).mean()
+            for table, rows in zip(tables, runs, strict=True)
+        )
+        return first - second
+
+    n = tables[0].shape[1]
+    draws = [
+        gap([rng.integers(len(t), size=len(t)) for t in tables], rng.integers(n, size=n))
+        for _ in range(repeats)
+    ]
+    value = gap([slice(None)] * 2, slice(None))
+    return float(value), *(float(end) for end in np.quantile(draws, [0.025, 0.975]))
+
+
+def classification_reliability(probabilities, truth, bins=10):
+    """What frames of like certainty deserve: a table of certainty, accuracy and frames, one row a bin.
+
+    probabilities: (N, K), truth: (N,), arrays; certainty is that of the likeliest answer; bins of
+    equal width in [0, 1], empty ones left out (Guo et al. 2017).
+    """
+    certainty, hit = probabilities.max(1), probabilities.argmax(1) == truth
+    place = np.clip(np.ceil(certainty * bins).astype(int) - 1, 0, bins - 1)
+    rows = pd.DataFrame({"bin": place, "certainty": certainty, "accuracy": hit.astype(float)})
+    groups = rows.groupby("bin")
+    return groups.mean().assign(frames=groups.size())
+
+
+def classification_steps_to(run, threshold, question="class"):
+    """First step of a run's curve that reaches an accuracy, as `steps_to`: a number of steps or inf."""
+    column = 1 + ("class", "view", "phase").index(question)
+    return steps_to({"curve": np.array(run["curve"])[:, [0, column]]}, threshold)
 
 
 def read_runs(source):
@@ -548,3 +615,15 @@ def _structures(masks):
         masks == camus.LABELS[name] for name in ("LV cavity", "myocardium", "LA")
     )
     return torch.stack([cavity, cavity | myocardium, atrium], 1).float()
+
+
+def _accuracy(confusion):
+    """(..., K, K), truth in rows -> (...)."""
+    return np.trace(confusion, axis1=-2, axis2=-1) / confusion.sum((-2, -1))
+
+
+def _macro_f1(confusion):
+    """2 hits / (given + true) of each answer, mean over answers: (..., K, K) -> (...)."""
+    hits = np.diagonal(confusion, axis1=-2, axis2=-1)
+    both = confusion.sum(-2) + confusion.sum(-1)
+    return (2 * hits / np.maximum(both, 1)).mean(-1)
