@@ -26,7 +26,17 @@ from pathlib import Path
 
 import numpy as np
 
-from diffecho_utils import assets, camus, data, downstream, models, profiles, results, sampling
+from diffecho_utils import (
+    assets,
+    camus,
+    data,
+    downstream,
+    metrics,
+    models,
+    profiles,
+    results,
+    sampling,
+)
 
 STILL = dict.fromkeys(("degrees", "shift", "zoom", "gain", "contrast"), 0.0)
 SETS = ("unconditional", "text", "text-seg", "sdm")
@@ -91,6 +101,7 @@ def main():
         )
         for rows in parts
     )
+    fractions = metrics.ejection_fractions(test, test.masks).round(2).to_dict()
     sets = {}
     for seed in range(options.seeds):
         for arm in options.arms:
@@ -127,7 +138,7 @@ def main():
             results.save(
                 out,
                 name,
-                run | {"arm": arm, "synthetic": made, "asked": asked},
+                run | {"arm": arm, "synthetic": made, "asked": asked, "ef": fractions},
                 world=table.attrs["world"],
                 profile=profile.name,
                 command="python benchmarks/classification.py --data /path/to/camus --sets DIR",
