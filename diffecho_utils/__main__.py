@@ -323,7 +323,8 @@ def downstream_command(options):
     if options.task == "segmentation":
         train, settings["recipe"] = downstream.segmentation_run, options.recipe
     else:
-        train, settings["network"] = downstream.classification_run, options.network
+        train = downstream.classification_run
+        settings |= {"network": options.network, "pretrained": options.pretrained}
     runs = []
     for seed in range(options.seeds):
         frames = real
@@ -543,6 +544,9 @@ def _parser():
     sub.add_argument("--profile", default="cpu")
     sub.add_argument("--recipe", default="tuned", choices=("tuned", "paper"), help="segmentation")
     sub.add_argument("--network", default="small", help="classification: small, resnet18, ...")
+    sub.add_argument(
+        "--pretrained", action="store_true", help="classification: ImageNet weights (torchvision)"
+    )
     sub.add_argument("--steps", type=int, help="of the optimiser; default: the recipe's")
     sub.add_argument(
         "--match-epochs",

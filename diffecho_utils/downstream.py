@@ -254,16 +254,19 @@ def classification_run(
     steps=None,
     points=10,
     pretrained=False,
+    last=None,
     recipe=None,
     **running,
 ):
     """Train one classifier of the four classes on `frames`, score it on `test`: a run's values.
 
-    network: "small", the profile's, or one of `models.BACKBONES`; side: pixels to shrink the frames to;
-    recipe: rows of `profiles.Recipe` that differ from the profile's. Probabilities of every test
-    frame, the four classes' in the order of `camus.CLASSES`; `curve`, at `points` steps on the way
-    the shares of test frames whose class, view and phase are recognised; and `classification_scores`.
-    `running`: amounts of `data.jitter`, state, resume and progress.
+    network: "small", the profile's, or one of `models.BACKBONES`, which may start with ImageNet's
+    weights (`pretrained`) and train only their last layers (`last`: at least so many weights; the
+    paper's are two million); side: pixels to shrink the frames to; recipe: rows of `profiles.Recipe`
+    that differ from the profile's. Probabilities of every test frame, the four classes' in the order
+    of `camus.CLASSES`; `curve`, at `points` steps on the way the shares of test frames whose class,
+    view and phase are recognised; and `classification_scores`. `running`: amounts of `data.jitter`,
+    state, resume and progress.
     """
     torch.manual_seed(seed)
     chosen = replace(profile.classification, **(recipe or {}))
@@ -271,6 +274,8 @@ def classification_run(
     chosen = replace(chosen, warmup=min(chosen.warmup, chosen.steps // 4))
     stops = {round(chosen.steps * (k + 1) / points) for k in range(points)} - {0}
     classifier, curve = classification_network(network, profile, pretrained), []
+    if last is not None:
+        classifier.freeze_all_but(last)
     images, tests = (classification_shrunk(part.images, side) for part in (frames, test))
     fitting = {
         name: running.pop(name) for name in ("state", "resume", "progress") if name in running
@@ -318,15 +323,7 @@ def classification_network(name, profile, pretrained=False):
     """The network of this name to train: "small", the profile's own, or one of `models.BACKBONES`."""
     if name == "small":
         return models.build_classifier(profile)
-    network = models.Backbone(name, pretrained=pretrained)
-    for layer in network.modules():
-        if isinstance(layer, torch.nn.BatchNorm2d):
-            layer.momentum = 0.1  # EfficientNet's 0.01 would need thousands of steps
-        elif isinstance(layer, torch.nn.Conv2d) and name.startswith("vgg") and not pretrained:
-            # Without normalisation the signal dies on its way through torch's own start (He et al. 2015)
-            torch.nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
-            torch.nn.init.zeros_(layer.bias)
-    return network
+    return models.Backbone(name, pretrained=pretrained)
 
 
 def classification_shrunk(images, side=None):
@@ -419,7 +416,7 @@ def classification_reliability(probabilities, truth, bins=10):
     equal width in [0, 1], empty ones left out (Guo et al. 2017).
     """
     certainty, hit = probabilities.max(1), probabilities.argmax(1) == truth
-    place = np.clip(np.ceil(certainty * bins).astype(int) - 1, 0, bins - 1)
+    place = np.minimum((certainty * bins).astype(int), bins - 1)
     rows = pd.DataFrame({"bin": place, "certainty": certainty, "accuracy": hit.astype(float)})
     groups = rows.groupby("bin")
     return groups.mean().assign(frames=groups.size())

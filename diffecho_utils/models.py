@@ -300,13 +300,20 @@ def _untrained(name, classes):
         build = getattr(nets, name)
         return build(spatial_dims=2, n_input_channels=3, num_classes=classes, **settings)
     if name == "efficientnet-b0":
-        return nets.EfficientNetBN(
+        network = nets.EfficientNetBN(
             name, pretrained=False, spatial_dims=2, in_channels=3, num_classes=classes
         )
+        for layer in network.modules():
+            if isinstance(layer, nn.BatchNorm2d):
+                layer.momentum = 0.1  # 0.01 would need thousands of steps
+        return network
     layers, channels = [], 3
     for convolutions, width in zip(_VGG[name], (64, 128, 256, 512, 512), strict=True):
         for _ in range(convolutions):
             layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU(inplace=True)]
+            # Without normalisation the signal dies on its way through torch's own start (He et al. 2015)
+            nn.init.kaiming_normal_(layers[-2].weight, mode="fan_out", nonlinearity="relu")
+            nn.init.zeros_(layers[-2].bias)
             channels = width
         layers.append(nn.MaxPool2d(2, 2))
     head = []
