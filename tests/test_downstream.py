@@ -245,3 +245,86 @@ def test_a_classification_run_scores_every_test_frame(frames, smoke):
     assert np.shape(run["probabilities"]) == (8, 4) and run["curve"][-1][0] == 2
     np.testing.assert_allclose(np.sum(run["probabilities"], 1), 1, atol=1e-3)
     assert run["curve"][-1][1] == pytest.approx(run["scores"]["class"]["accuracy"], abs=1e-4)
+
+
+def answers_of(probabilities, patients, classes, seed=0):
+    """A classification run with these answers."""
+    scores = downstream.classification_scores(np.array(probabilities), np.array(classes))
+    return {
+        "task": "classification",
+        "arm": "real",
+        "seed": seed,
+        "patient": patients,
+        "class": classes,
+        "probabilities": probabilities,
+        "scores": scores,
+        "curve": [[10, 0.4, 0.9, 0.5], [20, 0.6, 0.9, 0.7]],
+    }
+
+
+def test_sums_of_probabilities_are_never_taken_for_logits():
+    third = np.float32([[0.6, 0.4000001, 0, 0], [0, 0, 0.3, 0.7000001]])
+    view, truth = downstream.classification_questions(
+        torch.from_numpy(third), torch.tensor([1, 3])
+    )["view"]
+    assert view.max() <= 1 and truth.tolist() == [0, 1]
+    found = downstream.classification_scores(third, torch.tensor([1, 3]))
+    assert found["view"]["calibration_error"] == pytest.approx(0, abs=1e-6)
+
+
+def test_confusion_and_difference_of_classifiers_by_hand():
+    patients, classes = ["b", "b", "a", "a"], [0, 1, 2, 3]
+    good = np.eye(4)[[0, 1, 2, 2]].tolist()  # only the phase of the last is wrong
+    poor = np.eye(4)[[0, 1, 0, 0]].tolist()  # nothing of patient a but one phase
+    runs = [answers_of(p, patients, classes) for p in (good, poor)]
+    counts = downstream.classification_confusion(runs[0])
+    assert counts.shape == (2, 4, 4) and counts[0, 3, 2] == counts[1, 0, 0] == 1
+    phase = downstream.classification_confusion(runs[0], "phase").sum(0)
+    np.testing.assert_array_equal(phase, [[2, 0], [1, 1]])
+    pair = [runs[0]], [runs[1]]
+    value, low, high = downstream.classification_difference(*pair, repeats=200)
+    assert value == 0.25 and low == 0 and high == 0.5  # patient b alone, and a alone
+    assert downstream.classification_difference(*pair, "view", repeats=1)[0] == 0.5
+    f1, low, high = downstream.classification_difference(*pair, score="f1", repeats=200)
+    gap = runs[0]["scores"]["class"]["f1"] - runs[1]["scores"]["class"]["f1"]
+    assert f1 == pytest.approx(gap, abs=1e-6) and low <= f1 <= high
+    with pytest.raises(DiffEchoError, match="different frames"):
+        downstream.classification_difference([runs[0]], [answers_of(good, ["c"] * 4, classes)])
+
+
+def test_reliability_sums_up_to_the_calibration_error():
+    rng = np.random.default_rng(1)
+    chances, truth = rng.dirichlet(np.ones(4), 300), rng.integers(4, size=300)
+    found = downstream.classification_reliability(chances, truth)
+    assert found["frames"].sum() == 300
+    gap = (found["frames"] * (found["certainty"] - found["accuracy"]).abs()).sum() / 300
+    expected = downstream.classification_scores(chances, truth)["class"]["calibration_error"]
+    assert gap == pytest.approx(expected, abs=1e-6)
+
+
+def test_steps_to_an_accuracy_are_those_of_the_question_asked():
+    run = answers_of(np.eye(4).tolist(), list("aabb"), [0, 1, 2, 3])
+    assert downstream.classification_steps_to(run, 0.5) == pytest.approx(15)
+    assert downstream.classification_steps_to(run, 0.9, "view") == 10
+    assert downstream.classification_steps_to(run, 0.8, "phase") == np.inf
+
+
+def test_small_and_frozen_classifiers_train_at_another_side(frames, smoke):
+    few = frames.where(np.arange(len(frames)) < 8)
+    settings = {"side": 32, "steps": 2, "points": 2, "recipe": {"batch": 2}}
+    run = downstream.classification_run(
+        few, few, smoke, network="small", progress=lambda _: None, **settings
+    )
+    assert run["side"] == 32 and run["batch"] == 2 and run["network"] == "small"
+    assert run["parameters"] == models.count_parameters(models.build_classifier(smoke))
+    assert [len(row) for row in run["curve"]] == [4, 4]
+    network = downstream.classification_network("resnet18", smoke)
+    network.freeze_all_but(2000)
+    left = [w.numel() for w in network.parameters() if w.requires_grad]
+    assert 2000 <= sum(left) < models.count_parameters(network) / 4
+    momenta = {
+        layer.momentum
+        for layer in downstream.classification_network("efficientnet-b0", smoke).modules()
+        if isinstance(layer, torch.nn.BatchNorm2d)
+    }
+    assert momenta == {0.1}
