@@ -17,7 +17,7 @@ def main(arguments=None):
     """Run one command; returns the exit status: 0 done, 1 bad input (said in a line), 130 interrupted."""
     options = _parser().parse_args(arguments)
     try:
-        for name in ("data", "masks"):
+        for name in ("data", "masks", "test_data"):
             if getattr(options, name, None):
                 setattr(options, name, _official(getattr(options, name)))
         return options.run(options) or 0
@@ -109,11 +109,14 @@ def train_command(options):
         profile = profiles.narrowed(profile, options.width)
     if options.views:
         profile = replace(profile, jittered_views=options.views)
+    if options.patients:
+        profile = replace(profile, patients=options.patients)
     changed = {name: getattr(options, name) for name in _RECIPE}
     profile = profiles.adapt(profile, options.model, steps=options.steps, **changed)
     table = camus.select(
         camus.read_table(options.data), split=options.split, patients=profile.patients
     )
+    _enough(table, options.patients, options.split, options.data)
     cache = assets.workspace() / "cache"
     frames = data.load_frames(table, profile.side, not options.stretch, cache_dir=cache)
     needs = {
@@ -137,11 +140,19 @@ def train_command(options):
     print(f"wrote {options.out}")
 
 
+def _enough(rows, wanted, split, root):
+    found = rows["patient"].nunique()
+    if wanted and found < wanted:
+        raise DiffEchoError(
+            f"{root}: {found} patients in {split}, {wanted} were asked for; ask for fewer"
+        )
+
+
 def _train_line(options):
     """The command again, without paths, for the record."""
     line = f"python -m diffecho_utils train {options.model} --profile {options.profile}"
     line += f" --seed {options.seed}"
-    for name in ("latent_channels", "width", "views", "steps", *_RECIPE, "minutes"):
+    for name in ("latent_channels", "width", "views", "patients", "steps", *_RECIPE, "minutes"):
         value = getattr(options, name)
         if value is not None:
             values = value if isinstance(value, list) else [value]
@@ -161,12 +172,16 @@ def sample_command(options):
     facts = {key: made.get(key) for key in ("world", "profile", "commit", "stretched")}
     frames = None
     if options.masks:
-        rows = camus.select(camus.read_table(options.masks), split=options.split)
+        rows = camus.select(
+            camus.read_table(options.masks), split=options.split, patients=options.patients
+        )
+        _enough(rows, options.patients, options.split, options.masks)
         side = 8 * generator.latent_shape[-1]
         keep_aspect = not made.get("stretched", False)  # as the frames were that it learned from
         cache = assets.workspace() / "cache"
         frames = data.load_frames(rows, side, keep_aspect, cache_dir=cache)
         facts |= {"masks_world": rows.attrs["world"], "masks_split": options.split}
+        facts |= {"masks_patients": rows["patient"].nunique()}
     planned = sampling.plan(options.model, options.n, frames, options.template)
     table = sampling.write_synthetic(
         generator,
@@ -275,6 +290,67 @@ def _features(options):
         return lambda images: metrics.clip_features(clip, images)
     vae = models.load_autoencoder(options.autoencoder or assets.checkpoint("camus", "autoencoder"))
     return lambda images: metrics.features(vae, images)
+
+
+def downstream_command(options):
+    from diffecho_utils import assets, data, downstream, profiles, results, sampling
+
+    if options.synthetic_only and not options.synthetic:
+        raise DiffEchoError("--synthetic-only trains on a set; name one with --synthetic DIR")
+    profile = profiles.get(options.profile)
+    table, cache = camus.read_table(options.data), assets.workspace() / "cache"
+    tests = camus.read_table(options.test_data) if options.test_data else table
+    rows = camus.select(table, options.train_split, patients=options.patients or profile.patients)
+    test_rows = camus.select(tests, options.test_split, patients=profile.patients)
+    _enough(rows, options.patients, options.train_split, options.data)
+    downstream.check_apart(rows, test_rows)
+    synthetic, stretched = None, options.stretch
+    if options.synthetic:
+        synthetic = sampling.read_frames(options.synthetic, profile.side)
+        if options.task == "segmentation":
+            downstream.check_label_maps(synthetic, options.synthetic)
+        stretched = sampling.read_settings(options.synthetic).get("stretched", stretched)
+    real, test = (
+        data.load_frames(r, profile.side, keep_aspect=not stretched, cache_dir=cache)
+        for r in (rows, test_rows)
+    )
+    arm, name = "real", options.synthetic and options.synthetic.name
+    if synthetic is not None:
+        arm = f"{name} alone" if options.synthetic_only else f"real + {options.share:g} {name}"
+    settings = {"steps": options.steps}
+    if options.no_augmentation:
+        settings |= dict.fromkeys(("degrees", "shift", "zoom", "gain", "contrast"), 0)
+    if options.task == "segmentation":
+        train, settings["recipe"] = downstream.segmentation_run, options.recipe
+    else:
+        train = downstream.classification_run
+        settings |= {"network": options.network, "pretrained": options.pretrained}
+    runs = []
+    for seed in range(options.seeds):
+        frames = real
+        if synthetic is not None:
+            frames = synthetic
+            if not options.synthetic_only:
+                frames = downstream.with_synthetic(real, synthetic, options.share, seed)
+        if options.match_epochs:
+            steps = options.steps or getattr(profile, options.task).steps
+            settings["steps"] = round(steps * len(frames) / len(real))
+        print(f"{arm}, seed {seed}: {len(frames)} frames", flush=True)
+        runs.append(train(frames, test, profile, seed=seed, **settings) | {"arm": arm})
+    print(downstream.summary(runs).T.to_string(float_format="{:.3f}".format))
+    if options.json:
+        results.save(
+            options.json.parent,
+            options.json.stem,
+            {"version": downstream.RUN_VERSION, "arm": arm, "runs": runs},
+            world=table.attrs["world"],
+            profile=profile.name,
+            split=options.test_split,
+            seeds=range(options.seeds),
+            command=f"python -m diffecho_utils downstream {options.task} "
+            f"--train-split {options.train_split} --test-split {options.test_split}",
+        )
+        print(f"wrote {options.json}")
 
 
 def book_command(options):
@@ -395,6 +471,7 @@ def _parser():
     sub.add_argument("--latent-channels", type=int)
     sub.add_argument("--width", type=float, help="networks so many times as wide as the profile's")
     sub.add_argument("--views", type=int, help="cached copies of each frame, all but one jittered")
+    sub.add_argument("--patients", type=int, help="the first so many of the split only")
     sub.add_argument("--seed", type=int, default=0)
 
     sub = command(
@@ -407,6 +484,7 @@ def _parser():
     sub.add_argument("--n", type=int, default=50, help="images of each of the four classes")
     sub.add_argument("--masks", type=Path, metavar="ROOT", help="a CAMUS folder: its label maps")
     sub.add_argument("--split", default="training", choices=camus.SPLITS, help="of the label maps")
+    sub.add_argument("--patients", type=int, help="label maps of the first so many of the split")
     sub.add_argument(
         "--template", choices=prompts.TEMPLATES, help="of the prompts; default: the paper's"
     )
@@ -448,6 +526,39 @@ def _parser():
     )
     sub.add_argument("--json", type=Path, metavar="FILE", help="write the table as a record")
     sub.add_argument("--figure", type=Path, metavar="FILE", help="draw it: .png, .pdf or .svg")
+
+    sub = command(
+        "downstream",
+        downstream_command,
+        "train and score networks with and without synthetic frames",
+    )
+    sub.add_argument("task", choices=("segmentation", "classification"))
+    sub.add_argument("--data", type=Path, required=True, metavar="ROOT", help="a CAMUS folder")
+    sub.add_argument("--synthetic", type=Path, metavar="DIR", help="a set that `sample` wrote")
+    sub.add_argument("--share", type=float, default=1.0, help="synthetic frames for a real one")
+    sub.add_argument("--synthetic-only", action="store_true", help="train on the set alone")
+    sub.add_argument("--train-split", default="training", choices=camus.SPLITS)
+    sub.add_argument("--test-split", default="validation", choices=camus.SPLITS)
+    sub.add_argument("--test-data", type=Path, metavar="ROOT", help="another folder to test on")
+    sub.add_argument("--patients", type=int, help="train on the first so many only")
+    sub.add_argument("--profile", default="cpu")
+    sub.add_argument("--recipe", default="tuned", choices=("tuned", "paper"), help="segmentation")
+    sub.add_argument("--network", default="small", help="classification: small, resnet18, ...")
+    sub.add_argument(
+        "--pretrained", action="store_true", help="classification: ImageNet weights (torchvision)"
+    )
+    sub.add_argument("--steps", type=int, help="of the optimiser; default: the recipe's")
+    sub.add_argument(
+        "--match-epochs",
+        action="store_true",
+        help="more frames, more steps; default: the same steps in every arm",
+    )
+    sub.add_argument("--no-augmentation", action="store_true", help="frames as they are")
+    sub.add_argument(
+        "--stretch", action="store_true", help="frames to a square, as CAMUS's common re-packs"
+    )
+    sub.add_argument("--seeds", type=int, default=1, help="so many runs, seeds 0, 1, ...")
+    sub.add_argument("--json", type=Path, metavar="FILE", help="write the runs as a record")
 
     sub = command("book", book_command, "execute the chapters and build the pages")
     sub.add_argument(

@@ -232,17 +232,21 @@ def _inputs(root, data, recording):
     requirements = root / "requirements.txt"
     return {
         "data": _listing(data),
-        "shipped": _listing(root / "data", skip=recording),
+        "shipped": _listing(root / "data", recording),
         "requirements": _digest(requirements) if requirements.is_file() else None,
     }
 
 
-def _listing(folder, skip=None):
-    """[relative path, bytes, mtime in ns] of each file, behind links too, except under `skip`."""
+def _listing(folder, recording=None):
+    """[relative path, bytes, mtime in ns] of each file, behind links too.
+
+    Without those that the chapters write into `recording`: they begin with a chapter's number.
+    """
     rows = []
-    for here, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if Path(here, name) != skip]
+    for here, _, files in os.walk(folder, followlinks=True):
         for name in files:
+            if Path(here) == recording and re.match(r"\d\d_", name):
+                continue
             path = Path(here, name)
             status = path.stat()
             rows.append([path.relative_to(folder).as_posix(), status.st_size, status.st_mtime_ns])

@@ -45,6 +45,15 @@ class Frames:
         return torch.from_numpy(camus.class_index(self.table))
 
 
+def joined(*parts):
+    """Several `Frames` of one size as one; columns that a table lacks are NaN there."""
+    tables = [part.table for part in parts]
+    table = pd.concat(tables, ignore_index=True)
+    table.attrs = dict(tables[0].attrs)
+    images, masks = (torch.cat([getattr(p, n) for p in parts]) for n in ("images", "masks"))
+    return Frames(images, masks, table)
+
+
 def load_frames(table, side, keep_aspect=True, cache_dir=None):
     """Read, square and stack the frames of a table (`camus.read_table`) as `Frames` of `side` pixels.
 

@@ -4,35 +4,539 @@ Chapters 02 to 08, and the phantom's measurement. `train_segmenter` calls the on
 (`training.fit`), so a run resumes and is a function of its seed.
 """
 
-import numpy as np
-import torch
-from monai.metrics import compute_dice
+import warnings
+import zipfile
+from dataclasses import replace
+from pathlib import Path
 
-from diffecho_utils import anatomy, camus, metrics, models, training
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from monai.metrics import compute_dice, compute_hausdorff_distance
+from torchmetrics.functional.classification import (
+    accuracy,
+    calibration_error,
+    f1_score,
+    precision,
+    recall,
+)
+
+from diffecho_utils import (
+    DiffEchoError,
+    anatomy,
+    camus,
+    data,
+    metrics,
+    models,
+    results,
+    training,
+)
 
 STRUCTURES = ("LV cavity", "LV epicardium", "LA")  # epicardium: cavity and myocardium together
+RUN_VERSION = 1  # of a run's values; raise it when their meaning changes
+# Rows of `profiles.Recipe` that differ from the profile's. The paper's 300 epochs are the steps to give.
+RECIPES = {
+    "tuned": {},
+    "paper": {"learning_rate": 1e-3, "warmup": 0, "weight_decay": 0.0, "ema": 0.0},
+}
+LABEL_WEIGHTS = (0.05, 0.25, 0.35, 0.35)  # of the paper's cross-entropy: background, LV, wall, LA
 
 
 def train_segmenter(
-    frames, profile, *, seed=0, state=None, resume=False, progress=print, recipe=None, **amounts
+    frames,
+    profile,
+    *,
+    seed=0,
+    state=None,
+    resume=False,
+    progress=print,
+    recipe=None,
+    as_paper=False,
+    compiled=False,
+    watch=None,
+    **amounts,
 ):
     """A MONAI UNet trained on `frames` (data.Frames): (network in evaluation mode, log).
 
-    `amounts` are those of `data.jitter`; recipe: default the profile's.
+    `as_paper`: the paper's network and its weighted cross-entropy; compiled: by `torch.compile`,
+    which takes a minute and then nearly halves a step on a CPU. `amounts` are those of
+    `data.jitter`; recipe: default the profile's. watch: (steps, look), and `look(step, network)` is
+    called after each of these steps.
     """
     torch.manual_seed(seed)
-    network = models.build_segmenter(profile)
+    if as_paper:
+        network = models.build_paper_segmenter(frames.images.shape[-1])
+    else:
+        network = models.build_segmenter(profile)
     tensors = {"images": frames.images, "masks": frames.masks}
+    weights = LABEL_WEIGHTS if as_paper else None
+    objective = training.SegmentationObjective(network, weights, **amounts)
+    if compiled:
+        network.to(memory_format=torch.channels_last).compile()
     log = training.fit(
-        training.SegmentationObjective(network, **amounts),
+        objective,
         tensors,
         recipe or profile.segmentation,
         state,
         resume=resume,
         seed=seed,
         progress=progress,
+        watch=watch and (watch[0], lambda step: watch[1](step, network)),
     )
     return network.eval(), log
+
+
+def with_synthetic(real, synthetic, share, seed=0):
+    """Real frames and, of each class, `share` times as many synthetic ones: `data.Frames`.
+
+    Which of a larger set are taken is drawn with `seed`. Raises DiffEchoError for a class with too
+    few.
+    """
+    rng, rows = np.random.default_rng(seed), []
+    for index, name in enumerate(camus.CLASS_NAMES):
+        there = np.flatnonzero(synthetic.classes.numpy() == index)
+        wanted = round(share * int((real.classes == index).sum()))
+        if len(there) < wanted:
+            raise DiffEchoError(
+                f"{len(there)} synthetic images of {name}, {wanted} are needed; "
+                f"`sample --n {wanted}` draws so many"
+            )
+        rows.append(rng.permutation(there)[:wanted])
+    keep = np.isin(np.arange(len(synthetic)), np.concatenate(rows))
+    return data.joined(real, synthetic.where(keep))
+
+
+def check_apart(training_rows, test_rows):
+    """Raise DiffEchoError if a patient is in both tables, or one lacks a class.
+
+    In two folders one name may stand for two patients: those with the same picture are the same.
+    """
+    firsts = [rows.groupby("patient").first() for rows in (training_rows, test_rows)]
+    both = [
+        patient
+        for patient in sorted(set(firsts[0].index) & set(firsts[1].index))
+        if _same_picture(*(rows.loc[patient] for rows in firsts))
+    ]
+    if both:
+        raise DiffEchoError(
+            f"{len(both)} patients are in the training and in the test frames (first: {both[0]}); "
+            "choose two different splits, or another folder for the test"
+        )
+    for name, rows in (("training", training_rows), ("test", test_rows)):
+        there = set(zip(rows["view"], rows["phase"], strict=True))
+        lost = [f"{v}-{p}" for v, p in camus.CLASSES if (v, p) not in there]
+        if lost:
+            raise DiffEchoError(f"no {name} frame of {', '.join(lost)}; give a complete split")
+
+
+def check_label_maps(frames, name):
+    """Raise DiffEchoError if a synthetic set, read as `frames` from `name`, lacks label maps."""
+    lost = int((frames.table["label_map"].fillna("") == "").sum())
+    if lost:
+        raise DiffEchoError(
+            f"{name}: {lost} of {len(frames)} images have no label map and cannot teach a segmenter; "
+            "sample a set with text-seg or sdm, and --masks"
+        )
+
+
+def score_segmenter(network, frames):
+    """Scores on `frames`: {"dice": (N, 3), "hd95": (N, 3), "atrium": (N, 3), "ef": {patient:
+    (map's, read)}}; atrium as `atrium_errors`.
+
+    hd95: 95th percentile of the distance between the outlines, in pixels, NaN where either is
+    missing; ef in %, NaN where it cannot be measured.
+    """
+    read = segment(network, frames.images)
+    fractions = [metrics.ejection_fractions(frames, masks) for masks in (frames.masks, read)]
+    return {
+        "dice": dice(read, frames.masks),
+        "hd95": hausdorff(read, frames.masks),
+        "atrium": atrium_errors(read, frames.masks),
+        "ef": {
+            patient: (fractions[0][patient], fractions[1].get(patient, np.nan))
+            for patient in fractions[0].index
+        },
+    }
+
+
+def atrium_errors(predicted, truth):
+    """What became of the atrium in each frame: (N, 3) shares, what the paper's failures differ in.
+
+    Of the given atrium's pixels the share read as cavity, and as cavity or myocardium; of the pixels
+    read as atrium the share that lies outside the given one. NaN where there is no such atrium.
+    """
+    cavity, wall, atrium = (camus.LABELS[name] for name in ("LV cavity", "myocardium", "LA"))
+    given, read = (masks == atrium for masks in (truth, predicted))
+    inside = [
+        ((predicted == cavity) & given),
+        ((predicted == cavity) | (predicted == wall)) & given,
+        read & ~given,
+    ]
+    shares = [
+        part.sum((1, 2)) / whole.sum((1, 2))
+        for part, whole in zip(inside, (given, given, read), strict=True)
+    ]
+    return torch.stack(shares, 1).double().numpy()
+
+
+def hausdorff(predicted, truth):
+    """95 % Hausdorff distance of each frame and structure, in pixels: (N, 3) float64, NaN if empty."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of empty structures, which become NaN below
+        distances = compute_hausdorff_distance(
+            _structures(predicted), _structures(truth), include_background=True, percentile=95
+        )
+    found = distances.double().numpy()
+    found[~np.isfinite(found)] = np.nan
+    return found
+
+
+def segmentation_run(
+    frames, test, profile, *, seed=0, recipe="tuned", steps=None, points=8, **running
+):
+    """Train one segmenter on `frames`, score it on `test` (data.Frames both): a run's values.
+
+    recipe: "tuned", the profile's, or "paper", the paper's network, loss and schedule without
+    average of the weights. steps: of the optimiser, default the recipe's. Scores of every test
+    frame, as `score_segmenter`, and `curve`, the mean Dice of each structure at `points` steps on
+    the way, with the averaged weights. `running` goes to `train_segmenter`.
+    """
+    if recipe not in RECIPES:
+        raise DiffEchoError(f"no recipe {recipe!r}; choose one of {', '.join(RECIPES)}")
+    chosen = replace(profile.segmentation, **RECIPES[recipe])
+    chosen = replace(chosen, steps=steps or chosen.steps)
+    chosen = replace(chosen, warmup=min(chosen.warmup, chosen.steps // 4))
+    stops = {round(chosen.steps * (k + 1) / points) for k in range(points)} - {0}
+    curve = []
+
+    def look(step, network):
+        overlap = dice(segment(network, test.images), test.masks)
+        curve.append([step, *np.nanmean(overlap, 0)])
+
+    network, log = train_segmenter(
+        frames,
+        profile,
+        seed=seed,
+        recipe=chosen,
+        as_paper=recipe == "paper",
+        watch=(stops, look),
+        **running,
+    )
+    scores = score_segmenter(network, test)
+    return {
+        "version": RUN_VERSION,
+        "task": "segmentation",
+        "recipe": recipe,
+        "seed": seed,
+        "steps": chosen.steps,
+        "batch": chosen.batch,
+        "frames": len(frames),
+        "seconds": log["seconds"].sum(),
+        "patient": test.table["patient"].tolist(),
+        "class": test.classes.tolist(),
+        "dice": scores["dice"].round(4),
+        "hd95": scores["hd95"].round(2),
+        "atrium": scores["atrium"].round(3),
+        "ef": {patient: np.round(pair, 2) for patient, pair in scores["ef"].items()},
+        "curve": np.round(curve, 4),
+    }
+
+
+def classification_run(
+    frames,
+    test,
+    profile,
+    *,
+    network="resnet18",
+    side=None,
+    seed=0,
+    steps=None,
+    points=10,
+    pretrained=False,
+    last=None,
+    recipe=None,
+    **running,
+):
+    """Train one classifier of the four classes on `frames`, score it on `test`: a run's values.
+
+    network: "small", the profile's, or one of `models.BACKBONES`, which may start with ImageNet's
+    weights (`pretrained`) and train only their last layers (`last`: at least so many weights; the
+    paper's are two million); side: pixels to shrink the frames to; recipe: rows of `profiles.Recipe`
+    that differ from the profile's. Probabilities of every test frame, the four classes' in the order
+    of `camus.CLASSES`; `curve`, at `points` steps on the way the shares of test frames whose class,
+    view and phase are recognised; and `classification_scores`. `running`: amounts of `data.jitter`,
+    state, resume and progress.
+    """
+    torch.manual_seed(seed)
+    chosen = replace(profile.classification, **(recipe or {}))
+    chosen = replace(chosen, steps=steps or chosen.steps)
+    chosen = replace(chosen, warmup=min(chosen.warmup, chosen.steps // 4))
+    stops = {round(chosen.steps * (k + 1) / points) for k in range(points)} - {0}
+    classifier, curve = classification_network(network, profile, pretrained), []
+    if last is not None:
+        classifier.freeze_all_but(last)
+    images, tests = (classification_shrunk(part.images, side) for part in (frames, test))
+    fitting = {
+        name: running.pop(name) for name in ("state", "resume", "progress") if name in running
+    }
+
+    def look(step):
+        found = class_accuracies(classify(classifier, tests), test.classes)
+        curve.append([step, *(found[name] for name in ("class", "view", "phase"))])
+
+    log = training.fit(
+        training.ClassificationObjective(classifier, **running),
+        {
+            "images": images,
+            "masks": torch.zeros(len(images), 1, 1, dtype=torch.uint8),  # not needed here
+            "labels": frames.classes,
+        },
+        chosen,
+        fitting.pop("state", None),
+        seed=seed,
+        watch=(stops, look),
+        **fitting,
+    )
+    chances = classify(classifier.eval(), tests)
+    return {
+        "version": RUN_VERSION,
+        "task": "classification",
+        "network": network,
+        "pretrained": pretrained,
+        "side": images.shape[-1],
+        "parameters": models.count_parameters(classifier),
+        "seed": seed,
+        "steps": chosen.steps,
+        "batch": chosen.batch,
+        "frames": len(frames),
+        "seconds": log["seconds"].sum(),
+        "patient": test.table["patient"].tolist(),
+        "class": test.classes.tolist(),
+        "probabilities": chances.numpy().round(4),
+        "scores": classification_scores(chances, test.classes),
+        "curve": np.round(curve, 4),
+    }
+
+
+def classification_network(name, profile, pretrained=False):
+    """The network of this name to train: "small", the profile's own, or one of `models.BACKBONES`."""
+    if name == "small":
+        return models.build_classifier(profile)
+    return models.Backbone(name, pretrained=pretrained)
+
+
+def classification_shrunk(images, side=None):
+    """Images (N, 1, S, S) at another side, anti-aliased; None: as they are."""
+    if side in (None, images.shape[-1]):
+        return images
+    return F.interpolate(images, (side, side), mode="bilinear", antialias=True)
+
+
+def classification_scores(probabilities, classes):
+    """{"class", "view", "phase"}: accuracy, precision, recall, f1 (macro) and calibration_error.
+
+    Those of view and phase from the sums of the four classes' probabilities: (N, 4), (N,). The
+    calibration error is the mean gap between certainty and accuracy in ten bins (Guo et al. 2017).
+    """
+    questions = classification_questions(torch.as_tensor(probabilities), torch.as_tensor(classes))
+    found = {}
+    for name, (chance, answer) in questions.items():
+        kinds = {"task": "multiclass", "num_classes": chance.shape[1]}
+        macro = kinds | {"average": "macro"}
+        found[name] = {
+            "accuracy": accuracy(chance, answer, **kinds, average="micro"),
+            "precision": precision(chance, answer, **macro),
+            "recall": recall(chance, answer, **macro),
+            "f1": f1_score(chance, answer, **macro),
+            "calibration_error": calibration_error(chance, answer, **kinds, n_bins=10),
+        }
+        found[name] = {score: value.item() for score, value in found[name].items()}
+    return found
+
+
+def classification_questions(probabilities, classes):
+    """{"class", "view", "phase"}: (probabilities of its answers (N, K), the right ones (N,)).
+
+    Those of view and phase are sums of the four classes' probabilities: tensors (N, 4) and (N,).
+    """
+    pairs = probabilities.unflatten(1, (len(camus.VIEWS), len(camus.PHASES)))
+    # A sum a rounding error above 1 would be taken for a logit by torchmetrics
+    view, phase = (pairs.sum(axis).clamp(max=1) for axis in (2, 1))
+    return {
+        "class": (probabilities, classes),
+        "view": (view, classes // len(camus.PHASES)),
+        "phase": (phase, classes % len(camus.PHASES)),
+    }
+
+
+def classification_confusion(run, question="class"):
+    """How often each answer was given to each truth, of each patient: (P, K, K), truth in rows."""
+    chances, truth = classification_questions(
+        torch.tensor(run["probabilities"], dtype=torch.float64), torch.tensor(run["class"])
+    )[question]
+    patients = np.unique(run["patient"], return_inverse=True)[1]
+    counts = np.zeros((patients.max() + 1, chances.shape[1], chances.shape[1]))
+    np.add.at(counts, (patients, truth.numpy(), chances.argmax(1).numpy()), 1)
+    return counts
+
+
+def classification_difference(ours, theirs, question="class", score="accuracy", repeats=1000):
+    """Mean of `ours` minus that of `theirs`: (value, low, high); score: "accuracy" or macro "f1".
+
+    ours, theirs: runs on the same test frames. 95 % bootstrap interval: in each repeat patients are
+    drawn, the same for both, and of both the runs. Raises DiffEchoError if the test frames differ.
+    """
+    frames = {tuple(zip(run["patient"], run["class"], strict=True)) for run in [*ours, *theirs]}
+    if len(frames) != 1:
+        raise DiffEchoError("these runs were scored on different frames; compare like with like")
+    tables = [np.stack([classification_confusion(r, question) for r in s]) for s in (ours, theirs)]
+    rng, measure = np.random.default_rng(0), {"accuracy": _accuracy, "f1": _macro_f1}[score]
+
+    def gap(runs, patients):
+        first, second = (
+            measure(table[rows][:, patients].sum(1)).mean()
+            for table, rows in zip(tables, runs, strict=True)
+        )
+        return first - second
+
+    n = tables[0].shape[1]
+    draws = [
+        gap([rng.integers(len(t), size=len(t)) for t in tables], rng.integers(n, size=n))
+        for _ in range(repeats)
+    ]
+    value = gap([slice(None)] * 2, slice(None))
+    return float(value), *(float(end) for end in np.quantile(draws, [0.025, 0.975]))
+
+
+def classification_reliability(probabilities, truth, bins=10):
+    """What frames of like certainty deserve: a table of certainty, accuracy and frames, one row a bin.
+
+    probabilities: (N, K), truth: (N,), arrays; certainty is that of the likeliest answer; bins of
+    equal width in [0, 1], empty ones left out (Guo et al. 2017).
+    """
+    certainty, hit = probabilities.max(1), probabilities.argmax(1) == truth
+    place = np.minimum((certainty * bins).astype(int), bins - 1)
+    rows = pd.DataFrame({"bin": place, "certainty": certainty, "accuracy": hit.astype(float)})
+    groups = rows.groupby("bin")
+    return groups.mean().assign(frames=groups.size())
+
+
+def classification_steps_to(run, threshold, question="class"):
+    """First step of a run's curve that reaches an accuracy, as `steps_to`: a number of steps or inf."""
+    column = 1 + ("class", "view", "phase").index(question)
+    return steps_to({"curve": np.array(run["curve"])[:, [0, column]]}, threshold)
+
+
+def read_runs(source):
+    """(runs, skipped): every run's values, and what was left out and why.
+
+    source: a folder of records, as the benchmarks or `downstream --json` write, or the zip that
+    `results.pack` made of it. Left out are
+    records of another version of the package's runs, and files that are no records.
+    """
+    source, texts = Path(source), {}
+    if source.is_dir():
+        texts = {str(path): path.read_bytes() for path in sorted(source.glob("**/*.json"))}
+    elif source.is_file():
+        with zipfile.ZipFile(source) as archive:
+            texts = {f"{source}/{name}": archive.read(name) for name in archive.namelist()}
+    else:
+        raise DiffEchoError(f"{source}: no such runs; restore the file from the repository")
+    runs, skipped = [], []
+    for name, text in texts.items():
+        try:
+            record = results.parse(text, name)
+        except DiffEchoError as error:
+            skipped.append(str(error))
+            continue
+        found = record["values"].get("version")
+        if found != RUN_VERSION:
+            skipped.append(f"{name}: version {found}, this package reads {RUN_VERSION}; run again")
+            continue
+        values = record["values"]  # of one run, or of those of a `downstream` command
+        runs += [run | {"record": record} for run in values.get("runs", [values])]
+    return runs, skipped
+
+
+def summary(runs):
+    """One row an arm: mean over its runs and, as <name>_sd, their deviation; runs have an "arm".
+
+    Of segmentation Dice of each structure, hd95 of each in pixels, ef_error, the mean absolute error
+    of the EF in points over the patients where it could be measured, and their share, ef_measured;
+    of classification the scores of each question. "runs" counts them.
+    """
+    groups = pd.DataFrame([{"arm": run["arm"]} | _means(run) for run in runs]).groupby(
+        "arm", sort=False
+    )
+    found = groups.mean().join(groups.std().add_suffix("_sd"))
+    return found.assign(runs=groups.size())
+
+
+def _same_picture(ours, theirs):
+    if ours["image"] == theirs["image"]:
+        return True
+    pictures = [camus.read_frame(row)[0] for row in (ours, theirs)]
+    return pictures[0].shape == pictures[1].shape and (pictures[0] == pictures[1]).all()
+
+
+def _means(run):
+    if run["task"] == "classification":
+        return {f"{q}, {name}": v for q, s in run["scores"].items() for name, v in s.items()}
+    row = {}
+    for name, unit in (("dice", "Dice"), ("hd95", "hd95")):
+        means = np.nanmean(np.array(run[name], dtype=float), 0)
+        row |= {f"{unit}, {part}": m for part, m in zip(STRUCTURES, means, strict=True)}
+    asked, read = np.array(list(run["ef"].values()), dtype=float).T
+    errors = np.abs(read - asked)
+    return row | {"ef_error": np.nanmean(errors), "ef_measured": np.isfinite(read).mean()}
+
+
+def paired_difference(ours, theirs, score="dice", repeats=1000):
+    """Mean of `ours` minus that of `theirs`, for each structure: (3, 3) value, low, high.
+
+    ours, theirs: runs on the same test frames. 95 % bootstrap interval: in each repeat patients are
+    drawn, the same for both, and of both the runs. Raises DiffEchoError if the test frames differ.
+    """
+    frames = {tuple(zip(run["patient"], run["class"], strict=True)) for run in [*ours, *theirs]}
+    if len(frames) != 1:
+        raise DiffEchoError("these runs were scored on different frames; compare like with like")
+    scores = [np.array([run[score] for run in runs], dtype=float) for runs in (ours, theirs)]
+    names, patients = np.unique(ours[0]["patient"], return_inverse=True)
+    # (runs, patients, structures): sums and counts of the frames that have a score
+    parts = [
+        np.stack([values[:, patients == p].sum(1) for p in range(len(names))], 1)
+        for table in scores
+        for values in (np.nan_to_num(table), np.isfinite(table))
+    ]
+    rng = np.random.default_rng(0)
+
+    def gap(runs, drawn):
+        sums = [part[runs[i // 2]][:, drawn].sum((0, 1)) for i, part in enumerate(parts)]
+        return sums[0] / sums[1] - sums[2] / sums[3]
+
+    value = gap([slice(None)] * 2, slice(None))
+    draws = [
+        gap(
+            [rng.integers(len(table), size=len(table)) for table in scores],
+            rng.integers(len(names), size=len(names)),
+        )
+        for _ in range(repeats)
+    ]
+    return np.column_stack([value, *np.quantile(draws, [0.025, 0.975], axis=0)])
+
+
+def steps_to(run, threshold):
+    """First step of a run's curve whose mean Dice reaches `threshold`, between points by a line; inf."""
+    steps, scores = np.array(run["curve"])[:, 0], np.array(run["curve"])[:, 1:].mean(1)
+    above = np.flatnonzero(scores >= threshold)
+    if not len(above):
+        return np.inf
+    first = above[0]
+    if first == 0:
+        return float(steps[0])
+    share = (threshold - scores[first - 1]) / (scores[first] - scores[first - 1])
+    return float(steps[first - 1] + share * (steps[first] - steps[first - 1]))
 
 
 @torch.no_grad()
@@ -108,3 +612,15 @@ def _structures(masks):
         masks == camus.LABELS[name] for name in ("LV cavity", "myocardium", "LA")
     )
     return torch.stack([cavity, cavity | myocardium, atrium], 1).float()
+
+
+def _accuracy(confusion):
+    """(..., K, K), truth in rows -> (...)."""
+    return np.trace(confusion, axis1=-2, axis2=-1) / confusion.sum((-2, -1))
+
+
+def _macro_f1(confusion):
+    """2 hits / (given + true) of each answer, mean over answers: (..., K, K) -> (...)."""
+    hits = np.diagonal(confusion, axis1=-2, axis2=-1)
+    both = confusion.sum(-2) + confusion.sum(-1)
+    return (2 * hits / np.maximum(both, 1)).mean(-1)

@@ -10,6 +10,7 @@ latents, timesteps and its own conditions, and training and sampling call them a
 import copy
 import hashlib
 import json
+import math
 import os
 import shutil
 from dataclasses import dataclass
@@ -229,6 +230,25 @@ def build_segmenter(profile):
     )
 
 
+def build_paper_segmenter(side):
+    """The paper's MONAI UNet for images of `side` pixels: 2, 4, ... channels down to 2 x 2 positions.
+
+    At the paper's 256 pixels (2, 4, ..., 256) with 7 strides; at 128 one level less, since instance
+    normalisation has nothing to normalise in a single position.
+    """
+    levels = int(math.log2(side))
+    return _monai(
+        "UNet",
+        spatial_dims=2,
+        in_channels=1,
+        out_channels=len(camus.LABELS),
+        channels=[2 ** (level + 1) for level in range(levels)],
+        strides=(2,) * (levels - 1),
+        num_res_units=0,
+        act=("LEAKYRELU", {"negative_slope": 0.1}),
+    )
+
+
 def build_classifier(profile):
     """MONAI ResNet with one block a stage: (N, 1, H, W) in [-1, 1] -> (N, 4) logits of `camus.CLASSES`."""
     return _monai(
@@ -240,6 +260,89 @@ def build_classifier(profile):
         n_input_channels=1,
         num_classes=len(camus.CLASSES),
     )
+
+
+BACKBONES = ("resnet18", "resnet50", "vgg16", "vgg19", "efficientnet-b0")  # the paper's classifiers
+_VGG = {"vgg16": (2, 2, 3, 3, 3), "vgg19": (2, 2, 4, 4, 4)}  # convolutions of each block
+
+
+class Backbone(nn.Module):
+    """One of `BACKBONES` for grey images: (N, 1, H, W) in [-1, 1] -> (N, classes) logits.
+
+    The grey channel is given three times, scaled as ImageNet's were. Built of MONAI's networks, and
+    of torch's layers for VGG, which MONAI does not have; `pretrained`: torchvision's network with
+    its ImageNet weights, for machines that have torchvision. Raises DiffEchoError for a name that
+    is none of them, and where torchvision is asked for and missing.
+    """
+
+    def __init__(self, name, classes=4, pretrained=False):
+        super().__init__()
+        if name not in BACKBONES:
+            raise DiffEchoError(f"no classifier {name!r}; choose one of {', '.join(BACKBONES)}")
+        self.network = _torchvision(name, classes) if pretrained else _untrained(name, classes)
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1))
+        self.register_buffer("scale", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1))
+
+    def forward(self, images):
+        return self.network(((images + 1) / 2 - self.mean) / self.scale)
+
+    def freeze_all_but(self, parameters):
+        """Leave the last layers trainable, so many that they have at least `parameters` weights."""
+        left = parameters
+        for weights in reversed(list(self.network.parameters())):
+            weights.requires_grad_(left > 0)
+            left -= weights.numel()
+
+
+def _untrained(name, classes):
+    if name.startswith("resnet"):
+        settings = {"shortcut_type": "B", "bias_downsample": False, "conv1_t_stride": 2}
+        build = getattr(nets, name)
+        return build(spatial_dims=2, n_input_channels=3, num_classes=classes, **settings)
+    if name == "efficientnet-b0":
+        network = nets.EfficientNetBN(
+            name, pretrained=False, spatial_dims=2, in_channels=3, num_classes=classes
+        )
+        for layer in network.modules():
+            if isinstance(layer, nn.BatchNorm2d):
+                layer.momentum = 0.1  # 0.01 would need thousands of steps
+        return network
+    layers, channels = [], 3
+    for convolutions, width in zip(_VGG[name], (64, 128, 256, 512, 512), strict=True):
+        for _ in range(convolutions):
+            layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU(inplace=True)]
+            # Without normalisation the signal dies on its way through torch's own start (He et al. 2015)
+            nn.init.kaiming_normal_(layers[-2].weight, mode="fan_out", nonlinearity="relu")
+            nn.init.zeros_(layers[-2].bias)
+            channels = width
+        layers.append(nn.MaxPool2d(2, 2))
+    head = []
+    for inputs in (512 * 7 * 7, 4096):
+        head += [nn.Linear(inputs, 4096), nn.ReLU(inplace=True), nn.Dropout()]
+    network = nn.Sequential()  # torchvision's names, so that its weights fit
+    network.add_module("features", nn.Sequential(*layers))
+    network.add_module("avgpool", nn.AdaptiveAvgPool2d(7))
+    network.add_module("flatten", nn.Flatten())
+    network.add_module("classifier", nn.Sequential(*head, nn.Linear(4096, classes)))
+    return network
+
+
+def _torchvision(name, classes):
+    try:
+        from torchvision import models as theirs
+    except (ImportError, RuntimeError) as error:  # RuntimeError: built for another torch
+        raise DiffEchoError(
+            f"ImageNet weights need torchvision, which cannot be imported ({error}); install it, or "
+            "train from scratch"
+        ) from None
+    network = theirs.get_model(name.replace("-", "_"), weights="DEFAULT")
+    last = network.fc if hasattr(network, "fc") else network.classifier[-1]
+    head = nn.Linear(last.in_features, classes)
+    if hasattr(network, "fc"):
+        network.fc = head
+    else:
+        network.classifier[-1] = head
+    return network
 
 
 def build_scheduler(prediction="v_prediction"):

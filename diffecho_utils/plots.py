@@ -131,6 +131,9 @@ def intervals(values, xlabel, *, floor=None, size=(5.0, None)):
             axis.plot(value, row, "o", color=SERIES_COLOURS[0])
         axis.set(yticks=range(len(names)), yticklabels=names, xlabel=xlabel)
         axis.set_ylim(len(names) - 0.5, -0.5)
+        axis.locator_params(axis="x", nbins=6)
+        if axis.get_xlim()[0] < 0 < axis.get_xlim()[1]:
+            axis.axvline(0, color="0.3", lw=1)
         if floor is not None:
             axis.legend(loc="best")
     return figure

@@ -90,7 +90,7 @@ _CPU = Profile(
     text=Recipe(steps=2000, batch=32, learning_rate=1e-3, ema=0.998),
     text_seg=Recipe(steps=1500, batch=32, learning_rate=1e-3, ema=0.998),
     sdm=Recipe(steps=2000, batch=32, learning_rate=1e-3, ema=0.998),
-    segmentation=Recipe(steps=1500, batch=16, learning_rate=2e-3, ema=0.99, weight_decay=1e-4),
+    segmentation=Recipe(steps=1000, batch=8, learning_rate=4e-3, ema=0.99, weight_decay=1e-4),
     classification=Recipe(steps=800, batch=32, learning_rate=1e-3, ema=0.99, weight_decay=1e-2),
     live_steps=60,
     samples=200,

@@ -11,6 +11,7 @@ import os
 import platform
 import subprocess
 import sys
+import zipfile
 from importlib.metadata import version
 from pathlib import Path
 
@@ -45,16 +46,38 @@ def load(path):
         raise DiffEchoError(
             f"{path}: no such record; `python -m diffecho_utils book --record` makes it"
         )
+    return parse(path.read_bytes(), path)
+
+
+def parse(text, name):
+    """The record in a JSON text; `name` tells where it is from."""
     try:
-        record = json.loads(path.read_text())
+        record = json.loads(text)
         missing = {"name", "date", "hardware", "command", "commit", "values"} - set(record)
     except ValueError as error:
         raise DiffEchoError(
-            f"{path}: not a record ({error}); restore it from the repository"
+            f"{name}: not a record ({error}); restore it from the repository"
         ) from None
     if missing:
-        raise DiffEchoError(f"{path}: lacks {sorted(missing)}; restore it from the repository")
+        raise DiffEchoError(f"{name}: lacks {sorted(missing)}; restore it from the repository")
     return record
+
+
+def pack(folder, path):
+    """The records (*.json) in `folder` as one zip at `path`, the same bytes for the same records."""
+    records = sorted(Path(folder).glob("*.json"))
+    if not records:
+        raise DiffEchoError(f"{folder}: no record (*.json) to pack; run the experiment first")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    with zipfile.ZipFile(beside, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
+        for record in records:
+            archive.writestr(
+                zipfile.ZipInfo(record.name), record.read_bytes(), zipfile.ZIP_DEFLATED
+            )
+    os.replace(beside, path)
+    return path
 
 
 def describe(record):

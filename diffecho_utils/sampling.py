@@ -430,6 +430,19 @@ def read_label_maps(folder, table, side):
     return torch.stack(maps)
 
 
+def read_frames(folder, side):
+    """A synthetic set as `data.Frames`, its label maps all background where it has none.
+
+    The table has view, phase, prompt and seed; each image is a patient of its own.
+    """
+    images, table = read_synthetic(folder, side)
+    masks = read_label_maps(folder, table, side)
+    if masks is None:
+        masks = torch.zeros(len(images), side, side, dtype=torch.uint8)
+    patients = [f"{Path(folder).name}/{name}" for name in table["file_name"]]
+    return data.Frames(images, masks, table.assign(patient=patients))
+
+
 def read_settings(folder):
     """The settings in a synthetic set's dataset.json; {} for a folder that has none."""
     path = Path(folder) / "dataset.json"

@@ -16,6 +16,7 @@ import math
 import os
 import shutil
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -230,12 +231,18 @@ class DiffusionObjective(nn.Module):
 
 
 class SegmentationObjective(nn.Module):
-    """Dice and cross-entropy loss (MONAI) of a segmenter on jittered frames."""
+    """Dice and cross-entropy loss (MONAI) of a segmenter on jittered frames.
 
-    def __init__(self, network, **amounts):
+    label_weights: cross-entropy alone, with these weights of the labels 0 to 3, as in the paper.
+    """
+
+    def __init__(self, network, label_weights=None, **amounts):
         super().__init__()
         self.network, self.amounts = network, amounts
-        self.loss = DiceCELoss(to_onehot_y=True, softmax=True)
+        weights = None if label_weights is None else torch.tensor(label_weights)
+        self.loss = DiceCELoss(
+            to_onehot_y=True, softmax=True, weight=weights, lambda_dice=float(weights is None)
+        )
 
     def draw(self, batch, generator):
         """Random numbers for a batch: those of the jitter."""
@@ -515,7 +522,16 @@ def _device():
 
 
 def fit(
-    objective, tensors, recipe, state, *, resume=False, seed=0, progress=print, stop_after=None
+    objective,
+    tensors,
+    recipe,
+    state,
+    *,
+    resume=False,
+    seed=0,
+    progress=print,
+    stop_after=None,
+    watch=None,
 ):
     """Train `objective` for `recipe.steps` steps; its network ends with the averaged (EMA) weights.
 
@@ -524,7 +540,8 @@ def fit(
     by the batch; state: folder of the resumable state, or None to keep none. A process sees
     `recipe.batch` rows a step, all processes together one epoch after the other in an order that
     `seed` fixes. `progress` is given a line of text now and then. `stop_after` ends early after that
-    step as an interruption would. Returns a DataFrame: step, loss and its parts, learning_rate,
+    step as an interruption would. watch: (steps, look); after each of those steps `look(step)` finds
+    the averaged weights in the network. Returns a DataFrame: step, loss and its parts, learning_rate,
     images_per_second, seconds. Raises DiffEchoError for a loss that is not finite; the last good state stays.
     """
     accelerator = Accelerator(gradient_accumulation_steps=recipe.accumulation)
@@ -573,6 +590,11 @@ def fit(
                     totals[name] = totals.get(name, 0) + value.detach() / recipe.accumulation
             step += 1
             ema.step([p for p in objective.network.parameters() if p.requires_grad])
+            if watch is not None and step in watch[0]:
+                paused = time.monotonic()
+                with _averaged(objective, ema, averaged):
+                    watch[1](step)
+                told += time.monotonic() - paused
             now = time.monotonic()
             if step == end or step % recipe.save_every == 0 or (step - since) * 20 >= recipe.steps:
                 means = {name: float(total) / (step - since) for name, total in totals.items()}
@@ -623,6 +645,19 @@ def fit(
     objective.to(memory_format=torch.contiguous_format)
     accelerator.wait_for_everyone()
     return pd.DataFrame(rows)
+
+
+@contextmanager
+def _averaged(objective, ema, parameters):
+    """The averaged weights in place, the network in evaluation mode; both as before afterwards."""
+    ema.store(parameters)
+    ema.copy_to(parameters)
+    objective.network.eval()
+    try:
+        yield
+    finally:
+        ema.restore(parameters)
+        objective.train()
 
 
 def learning_rate(step, recipe):

@@ -167,8 +167,11 @@ def test_recording_writes_to_the_checkout_and_does_not_trigger_itself(project, b
     build()
     assert not (project / "data").exists()
     assert build(record=True) == ["01_first", "02_second"]
-    assert (project / "data" / "results" / "phantom" / "smoke" / "01_first.json").exists()
+    records = project / "data" / "results" / "phantom" / "smoke"
+    assert (records / "01_first.json").exists()
     assert build(record=True) == []
+    (records / "runs.zip").write_text("made beside the book, and read by its chapters")
+    assert build(record=True) == ["01_first", "02_second"]
 
 
 def test_page_holds_outputs_captions_and_no_machine_path(project, build):

@@ -164,3 +164,18 @@ def test_what_is_shipped():
     camus_ = {f"camus/{name}" for name in MODELS}
     simulated = {f"phantom/{name}" for name in ("autoencoder", "clip", "text", "text-seg")}
     assert found == camus_ | simulated
+
+
+# Of a thousand classes, as torchvision's documentation states them.
+SIZES = {
+    "resnet18": 11_689_512,
+    "resnet50": 25_557_032,
+    "vgg16": 138_357_544,
+    "vgg19": 143_667_240,
+    "efficientnet-b0": 5_288_548,
+}
+
+
+@pytest.mark.parametrize("name", models.BACKBONES)
+def test_classifiers_have_the_published_sizes_without_torchvision(name):
+    assert models.count_parameters(models.Backbone(name, classes=1000)) == SIZES[name]

@@ -296,6 +296,21 @@ def test_killed_run_goes_on_as_if_nothing_had_happened(checkpoint, tmp_path):
     assert tables[0]["file_name"].is_unique and tables[0]["seed"].tolist() == list(range(5, 17))
 
 
+def test_label_maps_of_the_first_patients_only(phantom_root, tmp_path, capsys):
+    """What a generator of few patients draws must not show the label maps of others."""
+    shipped = assets.checkpoint("phantom", "text-seg")
+    command = ["sample", "text-seg", "--checkpoint", str(shipped), "--masks", str(phantom_root)]
+    command += ["--n", "2", "--steps", "1", "--patients"]
+    assert main([*command, "1", "--out", str(tmp_path / "set")]) == 0
+    maps = [
+        np.asarray(Image.open(path)) for path in sorted((tmp_path / "set/label_maps").iterdir())
+    ]
+    assert len(maps) == 8 and all((maps[i] == maps[i + 1]).all() for i in range(0, 8, 2))
+    assert sampling.read_settings(tmp_path / "set")["masks_patients"] == 1
+    assert main([*command, "99", "--out", str(tmp_path / "none")]) == 1
+    assert "99 were asked for" in capsys.readouterr().err and not (tmp_path / "none").exists()
+
+
 def test_two_processes_write_one_set(checkpoint, tmp_path):
     arguments = [*SAMPLE, "--checkpoint", str(checkpoint), "--out"]
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]  # gloo: no GPUs

@@ -1,0 +1,330 @@
+"""Segmenters are scored frame by frame, with and without synthetic frames, on patients apart."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from sklearn import metrics as sklearn_metrics
+from torchmetrics.functional.segmentation import hausdorff_distance
+
+from diffecho_utils import (
+    DiffEchoError,
+    camus,
+    data,
+    downstream,
+    models,
+    phantom,
+    results,
+    sampling,
+)
+from diffecho_utils.__main__ import main
+
+
+@pytest.fixture(scope="module")
+def synthetic(frames, tmp_path_factory):
+    """Every frame of the phantom twice, as if it had been drawn, on disk."""
+    folder = tmp_path_factory.mktemp("sets") / "copies"
+    for name in ("images", "label_maps"):
+        (folder / name).mkdir(parents=True)
+    table = frames.table.loc[frames.table.index.repeat(2)].reset_index(drop=True)
+    rows = np.arange(len(frames)).repeat(2)
+    for i, row in enumerate(rows):
+        sampling.save_image(frames.images[row], folder / "images" / f"{i}.png")
+        sampling._save_grey(frames.masks[row].numpy(), folder / "label_maps" / f"{i}.png")
+    names = [f"{i}.png" for i in range(len(rows))]
+    table = table[["view", "phase"]].assign(
+        file_name=[f"images/{name}" for name in names],
+        prompt="",
+        seed=range(len(rows)),
+        label_map=[f"label_maps/{name}" for name in names],
+    )
+    table[sampling.METADATA].to_csv(folder / "metadata.csv", index=False)
+    (folder / "dataset.json").write_text(json.dumps({"settings": {"model": "sdm"}}))
+    return folder
+
+
+def test_a_set_becomes_frames_and_joins_the_real_ones(frames, synthetic):
+    drawn = sampling.read_frames(synthetic, frames.images.shape[-1])
+    assert torch.equal(drawn.masks, frames.masks.repeat_interleave(2, 0))
+    both = downstream.with_synthetic(frames, drawn, 0.5)
+    counts = np.bincount(both.classes)
+    assert (counts == np.round(1.5 * np.bincount(frames.classes))).all()
+    assert torch.equal(both.images[: len(frames)], frames.images)
+    assert set(both.table["patient"][len(frames) :]).isdisjoint(frames.table["patient"])
+    again, other = (downstream.with_synthetic(frames, drawn, 0.5, seed=s) for s in (0, 1))
+    assert torch.equal(both.images, again.images) and not torch.equal(both.images, other.images)
+    with pytest.raises(DiffEchoError, match="synthetic images of 2CH-ED, 30 are needed"):
+        downstream.with_synthetic(frames, drawn, 3)
+
+
+def test_hausdorff_distance_is_that_of_torchmetrics_where_nothing_is_cut_off(frames):
+    """Shifted outlines: the 95th percentile is the shift, which torchmetrics' maximum confirms."""
+    truth = frames.masks[:4]
+    moved = truth.roll(3, dims=2)
+    found = downstream.hausdorff(moved, truth)
+    assert found.shape == (4, 3) and np.nanmax(found) <= 3 and np.nanmin(found) > 0
+    largest = hausdorff_distance(moved.long(), truth.long(), num_classes=4, input_format="index")
+    assert np.nanmax(found) <= largest.max() + 1e-6
+    assert np.isnan(downstream.hausdorff(torch.zeros_like(truth), truth)).all()
+    assert (downstream.hausdorff(truth, truth) == 0).all()
+
+
+def test_errors_of_the_atrium_by_hand():
+    truth = torch.zeros(3, 8, 8, dtype=torch.uint8)
+    truth[:2, 4:, :4] = 3  # 16 pixels; the third frame has none
+    read = truth.clone()
+    read[0, 4:6, :4] = 1  # half of it read as cavity,
+    read[0, 6, :4] = 2  # a quarter as myocardium
+    read[1, 4:, 4:] = 3  # and as much again beside it
+    found = downstream.atrium_errors(read, truth)
+    np.testing.assert_allclose(found[:2], [[0.5, 0.75, 0], [0, 0, 0.5]])
+    assert np.isnan(found[2]).all()
+
+
+def test_paper_segmenter_has_the_papers_size():
+    assert models.count_parameters(models.build_paper_segmenter(256)) == 664_282
+    network = models.build_paper_segmenter(64)
+    assert network(torch.randn(2, 1, 64, 64)).shape == (2, 4, 64, 64)
+
+
+@pytest.mark.parametrize("recipe", ["tuned", "paper"])
+def test_a_run_scores_every_test_frame_and_its_curve_ends_where_the_run_ends(frames, smoke, recipe):
+    run = downstream.segmentation_run(
+        frames, frames, smoke, seed=1, recipe=recipe, steps=6, points=3, progress=lambda line: None
+    )
+    assert [row[0] for row in run["curve"]] == [2, 4, 6] and run["frames"] == len(frames)
+    np.testing.assert_allclose(run["curve"][-1][1:], np.nanmean(run["dice"], 0), atol=2e-4)
+    assert np.shape(run["dice"]) == np.shape(run["hd95"]) == (len(frames), 3)
+    assert set(run["ef"]) == set(frames.table["patient"])
+    again = downstream.segmentation_run(
+        frames, frames, smoke, seed=1, recipe=recipe, steps=6, points=1, progress=lambda line: None
+    )
+    np.testing.assert_array_equal(run["dice"], again["dice"])  # looking on changes nothing
+
+
+def run_of(dice, patients, arm="real", seed=0):
+    n = len(dice)
+    return {
+        "task": "segmentation",
+        "arm": arm,
+        "seed": seed,
+        "patient": patients,
+        "class": [0] * n,
+        "dice": [[d] * 3 for d in dice],
+        "hd95": [[1.0, 2.0, np.nan]] * n,
+        "ef": {"a": (50.0, 45.0), "b": (60.0, np.nan)},
+        "curve": [[10, 0.2, 0.2, 0.2], [20, 0.6, 0.6, 0.6], [30, 0.5, 0.5, 0.5]],
+    }
+
+
+def test_summary_is_over_runs_and_differences_are_paired():
+    patients = ["a", "a", "b", "b"]
+    real = [run_of([0.5, 0.6, 0.7, 0.8], patients, seed=s) for s in range(2)]
+    more = [run_of(np.array([0.5, 0.6, 0.7, 0.8]) + 0.1, patients, "more") for _ in range(2)]
+    table = downstream.summary(real + more)
+    assert table.loc["real", "Dice, LA"] == pytest.approx(0.65) and table.loc["more", "runs"] == 2
+    assert table.loc["real", "Dice, LA_sd"] == 0 and table.loc["real", "ef_error"] == 5
+    assert table.loc["real", "ef_measured"] == 0.5
+    gap = downstream.paired_difference(more, real)
+    np.testing.assert_allclose(gap, 0.1)  # the patients differ by far more than the arms
+    with pytest.raises(DiffEchoError, match="different frames"):
+        downstream.paired_difference(more, [run_of([0.5], ["a"])])
+
+
+def test_steps_to_a_threshold_are_read_between_the_points():
+    run = run_of([0.5], ["a"])
+    assert downstream.steps_to(run, 0.4) == pytest.approx(15)
+    assert downstream.steps_to(run, 0.1) == 10 and downstream.steps_to(run, 0.9) == np.inf
+
+
+def test_runs_of_another_version_are_named_and_left_out(tmp_path):
+    facts = {"world": "phantom", "profile": "smoke", "command": "x"}
+    values = run_of([0.5], ["a"]) | {"version": downstream.RUN_VERSION}
+    folder = tmp_path / "runs"
+    results.save(folder, "mine", values, **facts)
+    both = {"version": downstream.RUN_VERSION, "runs": [values, values | {"seed": 7}]}
+    results.save(folder, "two", both, **facts)
+    results.save(folder, "old", values | {"version": 0}, **facts)
+    (folder / "broken.json").write_text("{")
+    packed = results.pack(folder, tmp_path / "runs.zip")
+    for source in (folder, packed):
+        runs, skipped = downstream.read_runs(source)
+        assert [run["seed"] for run in runs] == [0, 0, 7] and len(skipped) == 2
+        assert runs[0]["record"]["name"] == "mine"
+        assert any("old.json: version 0" in line for line in skipped)
+        assert any("broken.json" in line for line in skipped)
+    again = results.pack(folder, tmp_path / "again.zip")
+    assert again.read_bytes() == packed.read_bytes()
+    with pytest.raises(DiffEchoError, match="no such runs"):
+        downstream.read_runs(tmp_path / "nothing")
+    with pytest.raises(DiffEchoError, match="no record"):
+        results.pack(tmp_path / "nothing", tmp_path / "x.zip")
+
+
+def test_patients_on_both_sides_and_missing_classes_are_refused(phantom_root):
+    table = camus.read_table(phantom_root)
+    training, validation = (camus.select(table, split) for split in ("training", "validation"))
+    downstream.check_apart(training, validation)
+    with pytest.raises(DiffEchoError, match="are in the training and in the test frames"):
+        downstream.check_apart(training, training)
+    with pytest.raises(DiffEchoError, match="no test frame of 4CH-ED, 4CH-ES"):
+        downstream.check_apart(training, validation[validation["view"] == "2CH"])
+
+
+def test_command_line_trains_with_a_set_and_refuses_one_without_maps(
+    phantom_root, synthetic, tmp_path, capsys
+):
+    command = ["downstream", "segmentation", "--data", str(phantom_root), "--profile", "smoke"]
+    path = tmp_path / "runs.json"
+    arms = ["--synthetic", str(synthetic), "--share", "0.5", "--seeds", "2", "--json", str(path)]
+    assert main([*command, *arms, "--steps", "2"]) == 0
+    values = results.load(path)["values"]
+    assert values["arm"] == "real + 0.5 copies" and [r["seed"] for r in values["runs"]] == [0, 1]
+    assert "real + 0.5 copies" in capsys.readouterr().out
+    assert [run["arm"] for run in downstream.read_runs(tmp_path)[0]] == ["real + 0.5 copies"] * 2
+    assert main([*command, "--synthetic-only"]) == 1
+    assert "name one with --synthetic" in capsys.readouterr().err
+    assert main([*command, "--test-split", "training"]) == 1
+    assert "are in the training and in the test frames" in capsys.readouterr().err
+    assert main([*command, "--patients", "100"]) == 1
+    assert "100 were asked for" in capsys.readouterr().err
+    table = sampling.read_synthetic(synthetic, 64)[1].assign(label_map="")
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "images").symlink_to(synthetic / "images")
+    table.to_csv(bare / "metadata.csv", index=False)
+    assert main([*command, "--synthetic", str(bare)]) == 1
+    assert "have no label map and cannot teach a segmenter" in capsys.readouterr().err
+    task = ["downstream", "classification", *command[2:], "--synthetic", str(bare), "--steps", "2"]
+    assert main([*task, "--synthetic-only", "--no-augmentation"]) == 0
+    assert "class, accuracy" in capsys.readouterr().out
+
+
+def test_tested_in_another_folder(phantom_root, tmp_path, capsys):
+    """There a name that is known is another patient, unless the pictures are the same."""
+    command = ["downstream", "segmentation", "--profile", "smoke", "--steps", "2"]
+    command += ["--data", str(phantom_root), "--test-split", "training", "--test-data"]
+    other = phantom.write(tmp_path / "other", patients=10, seed=99)
+    assert main([*command, str(other)]) == 0
+    copy = shutil.copytree(phantom_root, tmp_path / "copy")
+    assert main([*command, str(copy)]) == 1
+    assert "are in the training and in the test frames" in capsys.readouterr().err
+
+
+def test_joined_frames_keep_their_order(frames):
+    first, second = frames.where(frames.classes == 0), frames.where(frames.classes == 3)
+    both = data.joined(first, second)
+    assert torch.equal(both.masks, torch.cat([first.masks, second.masks]))
+    assert both.table["patient"].tolist() == [*first.table["patient"], *second.table["patient"]]
+    assert both.classes.tolist() == [*first.classes.tolist(), *second.classes.tolist()]
+
+
+def test_classification_scores_are_scikit_learns():
+    rng = np.random.default_rng(0)
+    chances = rng.dirichlet(np.ones(4), 60)
+    truth = np.where(rng.random(60) < 0.6, chances.argmax(1), rng.integers(4, size=60))
+    found = downstream.classification_scores(torch.from_numpy(chances), torch.from_numpy(truth))
+    for name, seen, answer in (
+        ("class", chances.argmax(1), truth),
+        ("view", chances.reshape(-1, 2, 2).sum(2).argmax(1), truth // 2),
+        ("phase", chances.reshape(-1, 2, 2).sum(1).argmax(1), truth % 2),
+    ):
+        scores = sklearn_metrics.precision_recall_fscore_support(answer, seen, average="macro")
+        expected = dict(zip(("precision", "recall", "f1"), scores, strict=False))
+        expected["accuracy"] = sklearn_metrics.accuracy_score(answer, seen)
+        for score, value in expected.items():
+            assert found[name][score] == pytest.approx(value, abs=1e-6), (name, score)
+        assert 0 < found[name]["calibration_error"] < 1
+
+
+def test_a_classification_run_scores_every_test_frame(frames, smoke):
+    few = frames.where(np.arange(len(frames)) < 8)
+    run = downstream.classification_run(few, few, smoke, steps=2, points=1, progress=lambda _: None)
+    assert np.shape(run["probabilities"]) == (8, 4) and run["curve"][-1][0] == 2
+    np.testing.assert_allclose(np.sum(run["probabilities"], 1), 1, atol=1e-3)
+    assert run["curve"][-1][1] == pytest.approx(run["scores"]["class"]["accuracy"], abs=1e-4)
+
+
+def answers_of(probabilities, patients, classes, seed=0):
+    """A classification run with these answers."""
+    scores = downstream.classification_scores(np.array(probabilities), np.array(classes))
+    return {
+        "task": "classification",
+        "arm": "real",
+        "seed": seed,
+        "patient": patients,
+        "class": classes,
+        "probabilities": probabilities,
+        "scores": scores,
+        "curve": [[10, 0.4, 0.9, 0.5], [20, 0.6, 0.9, 0.7]],
+    }
+
+
+def test_sums_of_probabilities_are_never_taken_for_logits():
+    third = np.float32([[0.6, 0.4000001, 0, 0], [0, 0, 0.3, 0.7000001]])
+    view, truth = downstream.classification_questions(
+        torch.from_numpy(third), torch.tensor([1, 3])
+    )["view"]
+    assert view.max() <= 1 and truth.tolist() == [0, 1]
+    found = downstream.classification_scores(third, torch.tensor([1, 3]))
+    assert found["view"]["calibration_error"] == pytest.approx(0, abs=1e-6)
+
+
+def test_confusion_and_difference_of_classifiers_by_hand():
+    patients, classes = ["b", "b", "a", "a"], [0, 1, 2, 3]
+    good = np.eye(4)[[0, 1, 2, 2]].tolist()  # only the phase of the last is wrong
+    poor = np.eye(4)[[0, 1, 0, 0]].tolist()  # nothing of patient a but one phase
+    runs = [answers_of(p, patients, classes) for p in (good, poor)]
+    counts = downstream.classification_confusion(runs[0])
+    assert counts.shape == (2, 4, 4) and counts[0, 3, 2] == counts[1, 0, 0] == 1
+    phase = downstream.classification_confusion(runs[0], "phase").sum(0)
+    np.testing.assert_array_equal(phase, [[2, 0], [1, 1]])
+    pair = [runs[0]], [runs[1]]
+    value, low, high = downstream.classification_difference(*pair, repeats=200)
+    assert value == 0.25 and low == 0 and high == 0.5  # patient b alone, and a alone
+    assert downstream.classification_difference(*pair, "view", repeats=1)[0] == 0.5
+    f1, low, high = downstream.classification_difference(*pair, score="f1", repeats=200)
+    gap = runs[0]["scores"]["class"]["f1"] - runs[1]["scores"]["class"]["f1"]
+    assert f1 == pytest.approx(gap, abs=1e-6) and low <= f1 <= high
+    with pytest.raises(DiffEchoError, match="different frames"):
+        downstream.classification_difference([runs[0]], [answers_of(good, ["c"] * 4, classes)])
+
+
+def test_reliability_sums_up_to_the_calibration_error():
+    rng = np.random.default_rng(1)
+    chances, truth = rng.dirichlet(np.ones(4), 300), rng.integers(4, size=300)
+    found = downstream.classification_reliability(chances, truth)
+    assert found["frames"].sum() == 300
+    gap = (found["frames"] * (found["certainty"] - found["accuracy"]).abs()).sum() / 300
+    expected = downstream.classification_scores(chances, truth)["class"]["calibration_error"]
+    assert gap == pytest.approx(expected, abs=1e-6)
+
+
+def test_steps_to_an_accuracy_are_those_of_the_question_asked():
+    run = answers_of(np.eye(4).tolist(), list("aabb"), [0, 1, 2, 3])
+    assert downstream.classification_steps_to(run, 0.5) == pytest.approx(15)
+    assert downstream.classification_steps_to(run, 0.9, "view") == 10
+    assert downstream.classification_steps_to(run, 0.8, "phase") == np.inf
+
+
+def test_small_and_frozen_classifiers_train_at_another_side(frames, smoke):
+    few = frames.where(np.arange(len(frames)) < 8)
+    settings = {"side": 32, "steps": 2, "points": 2, "recipe": {"batch": 2}}
+    run = downstream.classification_run(
+        few, few, smoke, network="small", progress=lambda _: None, **settings
+    )
+    assert run["side"] == 32 and run["batch"] == 2 and run["network"] == "small"
+    assert run["parameters"] == models.count_parameters(models.build_classifier(smoke))
+    assert [len(row) for row in run["curve"]] == [4, 4]
+    network = downstream.classification_network("resnet18", smoke)
+    network.freeze_all_but(2000)
+    left = [w.numel() for w in network.parameters() if w.requires_grad]
+    assert 2000 <= sum(left) < models.count_parameters(network) / 4
+    momenta = {
+        layer.momentum
+        for layer in downstream.classification_network("efficientnet-b0", smoke).modules()
+        if isinstance(layer, torch.nn.BatchNorm2d)
+    }
+    assert momenta == {0.1}
