@@ -25,6 +25,7 @@ import re
 from pathlib import Path
 
 import numpy as np
+from segmentation import real_frames
 
 from diffecho_utils import (
     assets,
@@ -38,7 +39,6 @@ from diffecho_utils import (
     sampling,
 )
 
-STILL = dict.fromkeys(("degrees", "shift", "zoom", "gain", "contrast"), 0.0)
 SETS = ("unconditional", "text", "text-seg", "sdm")
 SHARE = 0.5  # synthetic frames for a real one
 SMALL = {"steps": 500, "batch": 16, "learning_rate": 1e-3}
@@ -93,14 +93,7 @@ def main():
         )
         return
     profile, table = profiles.get("cpu"), camus.read_table(options.data)
-    parts = [camus.select(table, split) for split in ("training", "validation")]
-    downstream.check_apart(*parts)
-    real, test = (
-        data.load_frames(
-            rows, profile.side, keep_aspect=False, cache_dir=assets.workspace() / "cache"
-        )
-        for rows in parts
-    )
+    real, test = real_frames(table, profile)
     fractions = metrics.ejection_fractions(test, test.masks).round(2).to_dict()
     sets = {}
     for seed in range(options.seeds):
@@ -132,7 +125,7 @@ def main():
                 points=4 if large else 10,
                 recipe=recipe,
                 progress=lambda line: None,
-                **({} if asked["augment"] else STILL),
+                **({} if asked["augment"] else data.STILL),
             )
             made = sampling.read_settings(folder) if folder else None
             results.save(

@@ -27,7 +27,6 @@ from pathlib import Path
 
 from diffecho_utils import assets, camus, data, downstream, profiles, results, sampling
 
-STILL = dict.fromkeys(("degrees", "shift", "zoom", "gain", "contrast"), 0.0)
 SETS = ("text-seg", "sdm")
 PLAIN = {
     "set": None,
@@ -39,7 +38,10 @@ PLAIN = {
     "steps": None,  # of the optimiser; None: the profile's
 }
 # Arm: what differs from "real", which has classical augmentation and the tuned recipe.
-PAPER = {"recipe": "paper", "steps": 6000}  # its small network learns slowly, and a step costs little
+PAPER = {
+    "recipe": "paper",
+    "steps": 6000,
+}  # its small network learns slowly, and a step costs little
 ARMS = {"real": {}, "real, not augmented": {"augment": False}, "real, paper": PAPER}
 ARMS |= {f"{name} alone": {"set": name, "share": None} for name in SETS}
 for share in (1.0, 0.5, 2.0):
@@ -56,6 +58,16 @@ for n in (25, 50, 100):
     ARMS |= {f"{n} patients + sdm": few | {"set": f"sdm-{n}", "share": 100 / n}}
 for name, change in {"real": {}, "real + 1 text-seg": {"set": "text-seg"}}.items():
     ARMS |= {f"{name}, long": change | {"steps": 3000}}
+
+
+def real_frames(table, profile):
+    """Frames of the training and of the validation patients, stretched to a square as the sets are."""
+    parts = [camus.select(table, split) for split in ("training", "validation")]
+    downstream.check_apart(*parts)
+    cache = assets.workspace() / "cache"
+    return [
+        data.load_frames(rows, profile.side, keep_aspect=False, cache_dir=cache) for rows in parts
+    ]
 
 
 def main():
@@ -75,14 +87,7 @@ def main():
         print("wrote", results.pack(out, assets.root() / "data/results/camus/cpu/segmentation.zip"))
         return
     profile, table = profiles.get("cpu"), camus.read_table(options.data)
-    parts = [camus.select(table, split) for split in ("training", "validation")]
-    downstream.check_apart(*parts)
-    real, test = (
-        data.load_frames(
-            rows, profile.side, keep_aspect=False, cache_dir=assets.workspace() / "cache"
-        )
-        for rows in parts
-    )
+    real, test = real_frames(table, profile)
     sets = {}
     for seed in range(options.seeds):
         for arm in options.arms:
@@ -90,12 +95,9 @@ def main():
             if (out / f"{name}.json").is_file():
                 continue
             asked = PLAIN | ARMS[arm]
-            few, folder = asked["patients"], asked["set"] and options.sets / asked["set"]
-            frames = mine = (
-                real.where(real.table.patient.isin(camus.select(parts[0], patients=few).patient))
-                if few
-                else real
-            )
+            folder = asked["set"] and options.sets / asked["set"]
+            first = real.table.patient.unique()[: asked["patients"]]
+            frames = mine = real.where(real.table.patient.isin(first))
             if folder:
                 if folder not in sets:
                     sets[folder] = sampling.read_frames(folder, profile.side)
@@ -115,7 +117,7 @@ def main():
                 steps=steps,
                 progress=lambda line: None,
                 compiled=options.compiled and asked["recipe"] == "tuned",
-                **({} if asked["augment"] else STILL),
+                **({} if asked["augment"] else data.STILL),
             )
             made = sampling.read_settings(folder) if folder else None
             results.save(

@@ -319,7 +319,7 @@ def downstream_command(options):
         arm = f"{name} alone" if options.synthetic_only else f"real + {options.share:g} {name}"
     settings = {"steps": options.steps}
     if options.no_augmentation:
-        settings |= dict.fromkeys(("degrees", "shift", "zoom", "gain", "contrast"), 0)
+        settings |= data.STILL
     if options.task == "segmentation":
         train, settings["recipe"] = downstream.segmentation_run, options.recipe
     else:

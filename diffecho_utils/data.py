@@ -106,6 +106,10 @@ def to_square(image, mask, spacing, side, keep_aspect=True):
     return F.pad(image, padding), F.pad(mask, padding), scaled
 
 
+# Amounts of `jitter` that leave a frame as it is.
+STILL = dict.fromkeys(("degrees", "shift", "zoom", "gain", "contrast"), 0.0)
+
+
 def draw_jitter(n, generator):
     """The random numbers of `jitter` for n frames: (n, 6) uniform in [-1, 1] on the CPU."""
     return torch.rand(n, 6, generator=generator) * 2 - 1

@@ -204,10 +204,7 @@ def segmentation_run(
     """
     if recipe not in RECIPES:
         raise DiffEchoError(f"no recipe {recipe!r}; choose one of {', '.join(RECIPES)}")
-    chosen = replace(profile.segmentation, **RECIPES[recipe])
-    chosen = replace(chosen, steps=steps or chosen.steps)
-    chosen = replace(chosen, warmup=min(chosen.warmup, chosen.steps // 4))
-    stops = {round(chosen.steps * (k + 1) / points) for k in range(points)} - {0}
+    chosen, stops = _plan(profile.segmentation, RECIPES[recipe], steps, points)
     curve = []
 
     def look(step, network):
@@ -269,10 +266,7 @@ def classification_run(
     state, resume and progress.
     """
     torch.manual_seed(seed)
-    chosen = replace(profile.classification, **(recipe or {}))
-    chosen = replace(chosen, steps=steps or chosen.steps)
-    chosen = replace(chosen, warmup=min(chosen.warmup, chosen.steps // 4))
-    stops = {round(chosen.steps * (k + 1) / points) for k in range(points)} - {0}
+    chosen, stops = _plan(profile.classification, recipe or {}, steps, points)
     classifier, curve = classification_network(network, profile, pretrained), []
     if last is not None:
         classifier.freeze_all_but(last)
@@ -387,9 +381,7 @@ def classification_difference(ours, theirs, question="class", score="accuracy", 
     ours, theirs: runs on the same test frames. 95 % bootstrap interval: in each repeat patients are
     drawn, the same for both, and of both the runs. Raises DiffEchoError if the test frames differ.
     """
-    frames = {tuple(zip(run["patient"], run["class"], strict=True)) for run in [*ours, *theirs]}
-    if len(frames) != 1:
-        raise DiffEchoError("these runs were scored on different frames; compare like with like")
+    _check_same_frames([*ours, *theirs])
     tables = [np.stack([classification_confusion(r, question) for r in s]) for s in (ours, theirs)]
     rng, measure = np.random.default_rng(0), {"accuracy": _accuracy, "f1": _macro_f1}[score]
 
@@ -432,15 +424,20 @@ def read_runs(source):
     """(runs, skipped): every run's values, and what was left out and why.
 
     source: a folder of records, as the benchmarks or `downstream --json` write, or the zip that
-    `results.pack` made of it. Left out are
-    records of another version of the package's runs, and files that are no records.
+    `results.pack` made of it. Left out are records of another version of the package's runs, and
+    files that are no records. Raises DiffEchoError if there is no such source, or a damaged one.
     """
     source, texts = Path(source), {}
     if source.is_dir():
         texts = {str(path): path.read_bytes() for path in sorted(source.glob("**/*.json"))}
     elif source.is_file():
-        with zipfile.ZipFile(source) as archive:
-            texts = {f"{source}/{name}": archive.read(name) for name in archive.namelist()}
+        try:
+            with zipfile.ZipFile(source) as archive:
+                texts = {f"{source}/{name}": archive.read(name) for name in archive.namelist()}
+        except zipfile.BadZipFile as error:
+            raise DiffEchoError(
+                f"{source}: damaged ({error}); restore the file from the repository"
+            ) from None
     else:
         raise DiffEchoError(f"{source}: no such runs; restore the file from the repository")
     runs, skipped = [], []
@@ -473,6 +470,20 @@ def summary(runs):
     return found.assign(runs=groups.size())
 
 
+def _plan(recipe, changes, steps, points):
+    """(recipe with its changes and this many steps, the steps at which its curve has a point)."""
+    chosen = replace(recipe, **changes)
+    chosen = replace(chosen, steps=steps or chosen.steps)
+    chosen = replace(chosen, warmup=min(chosen.warmup, chosen.steps // 4))
+    return chosen, {round(chosen.steps * (k + 1) / points) for k in range(points)} - {0}
+
+
+def _check_same_frames(runs):
+    frames = {tuple(zip(run["patient"], run["class"], strict=True)) for run in runs}
+    if len(frames) != 1:
+        raise DiffEchoError("these runs were scored on different frames; compare like with like")
+
+
 def _same_picture(ours, theirs):
     if ours["image"] == theirs["image"]:
         return True
@@ -498,9 +509,7 @@ def paired_difference(ours, theirs, score="dice", repeats=1000):
     ours, theirs: runs on the same test frames. 95 % bootstrap interval: in each repeat patients are
     drawn, the same for both, and of both the runs. Raises DiffEchoError if the test frames differ.
     """
-    frames = {tuple(zip(run["patient"], run["class"], strict=True)) for run in [*ours, *theirs]}
-    if len(frames) != 1:
-        raise DiffEchoError("these runs were scored on different frames; compare like with like")
+    _check_same_frames([*ours, *theirs])
     scores = [np.array([run[score] for run in runs], dtype=float) for runs in (ours, theirs)]
     names, patients = np.unique(ours[0]["patient"], return_inverse=True)
     # (runs, patients, structures): sums and counts of the frames that have a score

@@ -157,6 +157,9 @@ def test_runs_of_another_version_are_named_and_left_out(tmp_path):
         assert any("broken.json" in line for line in skipped)
     again = results.pack(folder, tmp_path / "again.zip")
     assert again.read_bytes() == packed.read_bytes()
+    packed.write_bytes(packed.read_bytes()[:-30])
+    with pytest.raises(DiffEchoError, match="damaged"):
+        downstream.read_runs(packed)
     with pytest.raises(DiffEchoError, match="no such runs"):
         downstream.read_runs(tmp_path / "nothing")
     with pytest.raises(DiffEchoError, match="no record"):
