@@ -362,6 +362,7 @@ def book_command(options):
         chapters=options.chapter,
         record=options.record,
         force=options.force,
+        jobs=options.jobs or book.jobs_at_once(),
     )
 
 
@@ -569,6 +570,12 @@ def _parser():
     sub.add_argument("--record", action="store_true", help="write what is measured to data/results")
     sub.add_argument(
         "--force", action="store_true", help="execute chapters that did not change, too"
+    )
+    sub.add_argument(
+        "--jobs",
+        type=int,
+        metavar="N",
+        help="so many chapters at the same time; default: as many as suit this machine",
     )
     return parser
 

@@ -18,9 +18,12 @@ import contextlib
 import datetime
 import hashlib
 import json
+import multiprocessing
+import multiprocessing.connection
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -43,13 +46,14 @@ except ModuleNotFoundError as error:
 KERNEL = "diffecho-book"
 
 
-def build(data, profile, *, chapters=None, record=False, force=False, root=None):
+def build(data, profile, *, chapters=None, record=False, force=False, jobs=1, root=None):
     """Execute what changed, build the pages, and return the path of their index.html.
 
     data: a folder in CAMUS's layout, or None for the phantom, written first where it is missing.
     chapters: names such as "03_unconditional" to execute; the others keep their last execution.
     record: the chapters write to data/results/<world>/<profile>, not to the build tree.
-    force: execute even what did not change. root: the checkout, found by default.
+    force: execute even what did not change. jobs: so many chapters at the same time, which share
+    the processor's cores between them. root: the checkout, found by default.
 
     A chapter is executed again when its code, a package module it imports, its parameters, the
     data, the shipped files or the pinned requirements changed; new prose needs no execution.
@@ -73,20 +77,18 @@ def build(data, profile, *, chapters=None, record=False, force=False, root=None)
 
     print(f"book: world {world}, profile {profile}, data {data}", flush=True)
     _copy_pages(root, base)
-    outcomes = {}
-    for number, chapter in enumerate(plan, start=1):
+    outcomes, waiting = {}, []
+    for chapter in plan:
         before = _execution(chapter.executed)
-        label = f"[{number}/{len(plan)}] {chapter.name}"
         if chapter.name not in chosen:
             outcomes[chapter.name] = _unchosen(before, chapter.key)
         elif before and before["key"] == chapter.key and not force:
             outcomes[chapter.name] = "unchanged"
         else:
-            took = f", {before['seconds'] / 60:.1f} min last time" if before else ""
-            print(f"{label}: executing{took}", flush=True)
-            _execute(chapter, root, base, parameters, world)
             outcomes[chapter.name] = "executed"
-        print(f"{label}: {outcomes[chapter.name]}", flush=True)
+            waiting.append(chapter)
+    with _kernel(base / "jupyter", root, jobs):
+        _execute_all(waiting, jobs, base, parameters, world)
 
     timings = {c.name: _execution(c.executed) for c in plan if c.executed.exists()}
     for timing in timings.values():
@@ -109,6 +111,16 @@ class _Chapter:
     @property
     def name(self):
         return self.source.stem
+
+
+def jobs_at_once():
+    """How many chapters suit this machine at the same time: 1 beside a GPU, else up to 4 by cores and memory."""
+    import torch
+
+    if torch.cuda.is_available():
+        return 1
+    gigabytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    return max(1, min(results.cores(), int(gigabytes / 5), 4))
 
 
 # What there is to do
@@ -273,7 +285,75 @@ def _unchosen(before, key):
     return "unchanged" if before["key"] == key else "out of date"
 
 
-def _execute(chapter, root, base, parameters, world):
+def _execute_all(chapters, jobs, base, parameters, world):
+    """Run the chapters, at most `jobs` of them at the same time, each then in a process of its own.
+
+    After a failure no other chapter is begun, and those that run are finished: they are kept.
+    """
+    if jobs == 1:
+        for number, chapter in enumerate(chapters, start=1):
+            _announce(number, len(chapters), chapter)
+            _execute(chapter, base, parameters, world)
+        return
+    context = multiprocessing.get_context("spawn")
+    waiting, running, failures = list(enumerate(chapters, start=1)), {}, []
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                number, chapter = waiting.pop(0)
+                _announce(number, len(chapters), chapter)
+                here, there = context.Pipe(duplex=False)
+                task = (there, chapter, base, parameters, world)
+                process = context.Process(target=_execute_apart, args=task)
+                process.start()
+                there.close()
+                running[here] = chapter, process
+            for pipe in multiprocessing.connection.wait(list(running)):
+                chapter, process = running.pop(pipe)
+                try:
+                    failure = pipe.recv()
+                except EOFError:
+                    failure = f"{chapter.name}: the process that ran it ended without a word"
+                process.join()
+                print(f"  {chapter.name}: {'failed' if failure else 'done'}", flush=True)
+                if failure:
+                    failures.append(failure)
+                    waiting.clear()
+    finally:  # an interruption: the kernels end with the processes
+        for _, process in running.values():
+            if process.is_alive():
+                os.kill(process.pid, signal.SIGINT)
+        for _, process in running.values():
+            process.join()
+    if failures:
+        raise DiffEchoError("\n".join(failures))
+
+
+def _announce(number, count, chapter):
+    before = _execution(chapter.executed)
+    took = f", {before['seconds'] / 60:.1f} min last time" if before else ""
+    print(f"[{number}/{count}] {chapter.name}: executing{took}", flush=True)
+
+
+def _execute_apart(pipe, *task):
+    """`_execute` in its own process: sends None, or what went wrong in words."""
+
+    def interrupt(*_):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal and the parent both send one
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        _execute(*task)
+    except DiffEchoError as error:
+        pipe.send(str(error))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    else:
+        pipe.send(None)
+
+
+def _execute(chapter, base, parameters, world):
     """Run a chapter into executed/, whole or not at all."""
     failed = base / "failed" / chapter.source.name
     partial = chapter.executed.with_suffix(".partial.ipynb")
@@ -282,7 +362,7 @@ def _execute(chapter, root, base, parameters, world):
     failed.unlink(missing_ok=True)
     start = time.monotonic()
     try:
-        with _kernel(base / "jupyter", root), _progress(chapter.name) as on_cell_start:
+        with _progress(chapter.name) as on_cell_start:
             notebook = papermill.execute_notebook(
                 chapter.source,
                 partial,
@@ -321,9 +401,13 @@ def _execute(chapter, root, base, parameters, world):
 
 
 @contextlib.contextmanager
-def _kernel(folder, root):
-    """A kernel of this very Python and checkout, whatever kernels and settings the user has."""
-    environment = {
+def _kernel(folder, root, jobs):
+    """A kernel of this very Python and checkout, whatever kernels and settings the user has.
+
+    With several jobs each gets its share of the cores, but for a number of threads set outside.
+    """
+    threads = {"OMP_NUM_THREADS": str(max(1, results.cores() // jobs))} if jobs > 1 else {}
+    environment = threads | {
         "PYTHONPATH": os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")])),
         "PYTHONHASHSEED": "0",
         "MPLBACKEND": "module://matplotlib_inline.backend_inline",
@@ -332,6 +416,7 @@ def _kernel(folder, root):
         "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1"),
         "TQDM_DISABLE": "1",  # its bars become widgets, which a page cannot show
     }
+    environment |= {name: os.environ[name] for name in threads if name in os.environ}
     argv = [sys.executable, "-Xfrozen_modules=off", "-m", "ipykernel_launcher", "--log-level=ERROR"]
     spec = {
         "argv": [*argv, "-f", "{connection_file}"],
