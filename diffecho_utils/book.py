@@ -31,7 +31,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffecho_utils import DiffEchoError, assets, camus, phantom, profiles, results
+from diffecho_utils import DiffEchoError, assets, camus, profiles, results
 
 try:
     import nbformat
@@ -159,13 +159,10 @@ def _choose(chapters, notebooks):
 
 def _data(data, profile):
     """The data folder, absolute and with a readable table of frames."""
+    row = profiles.get(profile)
     if data is None:
-        row = profiles.get(profile)
-        folder = assets.workspace() / f"phantom-{profile}"
-        print(f"phantom: {row.phantom_patients} patients in {folder}", flush=True)
-        data = phantom.ensure(folder, patients=row.phantom_patients, seed=row.phantom_seed)
-    else:
-        profiles.get(profile)
+        print(f"phantom: {row.phantom_patients} patients", flush=True)
+        data = profiles.phantom_folder(row)
     data = Path(data).expanduser().resolve()
     camus.read_table(data)
     return data
