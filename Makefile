@@ -22,7 +22,7 @@ book: $(INSTALLED)
 	$(BIN)/python -m diffecho_utils book --profile "$(PROFILE)" $(if $(DATA),--data "$(DATA)")
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadgroup
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/phantom_speed.py

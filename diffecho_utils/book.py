@@ -94,6 +94,7 @@ def build(data, profile, *, chapters=None, record=False, force=False, jobs=1, ro
     for timing in timings.values():
         del timing["key"]
     results.write_text(base / "timings.json", json.dumps(timings, indent=1) + "\n")
+    _write_status(timings, notebooks, base / "source" / "book" / "_made")
     for chapter in plan:
         _publish(chapter, base / "source" / "notebooks")
     index = _pages(base)
@@ -467,11 +468,40 @@ def _copy_pages(root, base):
     source = base / "source"
     (source / "notebooks").mkdir(parents=True, exist_ok=True)
     pages = [path for path in (root / "book").rglob("*") if path.is_file()]
+    pages += (root / "data").rglob("*.md")  # cards of the data and the networks
     for path in [root / "_config.yml", root / "_toc.yml", *pages]:
         target = source / path.relative_to(root)
         if not target.exists() or target.read_bytes() != path.read_bytes():
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target)
+
+
+def _write_status(timings, notebooks, folder):
+    """The table of the page on the build's status: who was executed when, where, for how long, on what."""
+    lines = ["| chapter | took | world, profile | when | on |", "|---|---|---|---|---|"]
+    for path in notebooks:
+        t = timings.get(path.stem)
+        cells = ["not executed", "", "", ""]
+        if t:
+            cells = [
+                _duration(t["seconds"]),
+                f"{t['world']}, {t['profile']}",
+                t["date"],
+                t["hardware"],
+            ]
+        lines.append(f"| [](../notebooks/{path.name}) | {' | '.join(cells)} |")
+    total = _duration(sum(t["seconds"] for t in timings.values()))
+    versions = results.provenance("")["versions"]
+    lines += ["", f"All chapters one after the other: {total}. Versions: "]
+    lines += [", ".join(f"{name} {number}" for name, number in versions.items()) + "."]
+    folder.mkdir(parents=True, exist_ok=True)
+    path, text = folder / "status.md", "\n".join(lines) + "\n"
+    if not path.exists() or path.read_text() != text:
+        results.write_text(path, text)
+
+
+def _duration(seconds):
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
 
 
 def _publish(chapter, folder):
@@ -488,6 +518,7 @@ def _publish(chapter, folder):
         notebook.cells.insert(1, nbformat.v4.new_markdown_cell(note, id="not-executed"))
     elif before["key"] == chapter.key:
         _fill(notebook, nbformat.read(chapter.executed, as_version=4))
+        _tell_time(notebook, before)
     else:
         return
     text = nbformat.writes(notebook) + "\n"
@@ -517,6 +548,21 @@ def _fill(notebook, executed):
             cell.metadata["tags"].append("hide-cell")
             options["code_prompt_show"] = "Show the solution"
             options["code_prompt_hide"] = "Hide the solution"
+
+
+def _tell_time(notebook, execution):
+    """Put what the execution took into the row "Time" of the chapter's opening table."""
+    took = (
+        f"{_duration(execution['seconds'])} on a {execution['hardware']}, profile "
+        f"{execution['profile']} ([this build](../book/status.md))"
+    )
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            guess = r"(?m)^(\| Time \| )[^;|]*"  # up to what dominates
+            cell.source, found = re.subn(guess, lambda row: row[1] + took, cell.source, count=1)
+            if found:
+                cell.source = cell.source.replace(took + "|", took + " |")
+                return
 
 
 def _caption(outputs):
