@@ -366,6 +366,15 @@ def book_command(options):
     )
 
 
+def course_command(options):
+    from diffecho_utils import assets, course
+
+    notebooks = sorted((assets.root() / "notebooks").glob("*.ipynb"))
+    out = options.out or assets.workspace() / "course"
+    for folder in course.write(notebooks, out):
+        print(f"wrote {len(notebooks)} chapters to {folder}")
+
+
 def _official(path):
     """The folder to read for `--data`, which may be CAMUS in any form."""
     from diffecho_utils import releases
@@ -577,6 +586,9 @@ def _parser():
         metavar="N",
         help="so many chapters at the same time; default: as many as suit this machine",
     )
+
+    sub = command("course", course_command, "copies of the chapters for students and teachers")
+    sub.add_argument("--out", type=Path, metavar="DIR", help="default: _build/course")
     return parser
 
 

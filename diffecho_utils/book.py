@@ -529,7 +529,7 @@ def _publish(chapter, folder):
 def _fill(notebook, executed):
     """Put the outputs of `executed` into `notebook`, which has the same code.
 
-    Figures get their caption as alternative text, and solutions are folded away.
+    Figures get their caption as alternative text; solutions and their checks are folded away.
     """
     notebook.metadata["language_info"] = executed.metadata["language_info"]
     injected = "injected-parameters"
@@ -544,10 +544,11 @@ def _fill(notebook, executed):
         caption = _caption(run.outputs)
         if caption:
             options["image"] = {"alt": caption}
-        if "solution" in cell.metadata.get("tags", []):
-            cell.metadata["tags"].append("hide-cell")
-            options["code_prompt_show"] = "Show the solution"
-            options["code_prompt_hide"] = "Hide the solution"
+        for tag, what in (("solution", "solution"), ("check", "check of your answer")):
+            if tag in cell.metadata.get("tags", []):
+                cell.metadata["tags"].append("hide-cell")
+                options["code_prompt_show"] = f"Show the {what}"
+                options["code_prompt_hide"] = f"Hide the {what}"
 
 
 def _tell_time(notebook, execution):
