@@ -16,7 +16,7 @@ help:
 	@echo "make test       run the tests"
 	@echo "make bench      time the phantom and the training loop against the usual shape"
 	@echo "make lab        open the chapters in JupyterLab"
-	@echo "make check      ruff: format and lint"
+	@echo "make check      format, lint and spelling"
 	@echo "make clean      remove what was built; make distclean removes .venv too"
 
 book: $(INSTALLED)
@@ -38,6 +38,7 @@ lab: $(INSTALLED)
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/codespell
 
 clean:
 	rm -rf _build
