@@ -412,6 +412,7 @@ def _kernel(folder, root, jobs):
         "IPYTHONDIR": str(folder / "ipython"),
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1"),
+        "DIFFECHO_PAGES": "1",  # pictures in place of sliders
         "TQDM_DISABLE": "1",  # its bars become widgets, which a page cannot show
     }
     environment |= {name: os.environ[name] for name in threads if name in os.environ}
