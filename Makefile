@@ -8,10 +8,11 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
 INSTALLED := .venv/.installed
 
-.PHONY: help book course test bench lab check clean distclean
+.PHONY: help book pdf course test bench lab check clean distclean
 
 help:
 	@echo "make book       execute the chapters and build the pages (DATA=folder, PROFILE=smoke|cpu|gpu|paper)"
+	@echo "make pdf        the same, and the pages printed into one PDF file (needs Chromium or Chrome)"
 	@echo "make course     write student and teacher copies of the chapters to _build/course"
 	@echo "make test       run the tests"
 	@echo "make bench      time the phantom and the training loop against the usual shape"
@@ -21,6 +22,9 @@ help:
 
 book: $(INSTALLED)
 	$(BIN)/python -m diffecho_utils book --profile "$(PROFILE)" $(if $(DATA),--data "$(DATA)")
+
+pdf: $(INSTALLED)
+	$(BIN)/python -m diffecho_utils book --pdf --profile "$(PROFILE)" $(if $(DATA),--data "$(DATA)")
 
 course: $(INSTALLED)
 	$(BIN)/python -m diffecho_utils course

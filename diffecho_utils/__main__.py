@@ -356,7 +356,7 @@ def downstream_command(options):
 def book_command(options):
     from diffecho_utils import book
 
-    book.build(
+    index = book.build(
         options.data,
         options.profile,
         chapters=options.chapter,
@@ -364,6 +364,8 @@ def book_command(options):
         force=options.force,
         jobs=options.jobs or book.jobs_at_once(),
     )
+    if options.pdf:
+        print(f"open {book.print_pages(index.parent, index.parent.parent / 'book.pdf')}")
 
 
 def course_command(options):
@@ -580,6 +582,7 @@ def _parser():
     sub.add_argument(
         "--force", action="store_true", help="execute chapters that did not change, too"
     )
+    sub.add_argument("--pdf", action="store_true", help="print the pages into one PDF file, too")
     sub.add_argument(
         "--jobs",
         type=int,

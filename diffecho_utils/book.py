@@ -17,6 +17,7 @@ import ast
 import contextlib
 import datetime
 import hashlib
+import io
 import json
 import multiprocessing
 import multiprocessing.connection
@@ -103,6 +104,50 @@ def build(data, profile, *, chapters=None, record=False, force=False, jobs=1, ro
     return index
 
 
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+
+
+def print_pages(html, out, pages=None):
+    """Print the built pages (folder `html`) by a browser into one PDF file, with a bookmark for each.
+
+    pages: names such as "notebooks/03_unconditional", by default all of _toc.yml in its order.
+    Raises DiffEchoError where Chromium, Chrome, playwright or pypdf is missing, or a page.
+    """
+    try:
+        from playwright.sync_api import sync_playwright
+        from pypdf import PdfReader, PdfWriter
+    except ModuleNotFoundError as error:
+        raise DiffEchoError(
+            f"{error.name}: not installed; run `pip install {error.name}`"
+        ) from None
+    browser_path = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if browser_path is None:
+        raise DiffEchoError(
+            f"no browser among {', '.join(BROWSERS)}; `apt-get install chromium` brings one"
+        )
+    writer = PdfWriter()
+    with sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])
+        page = browser.new_page()
+        for name in pages or _toc_pages(assets.root()):
+            path = Path(html) / f"{name}.html"
+            if not path.is_file():
+                raise DiffEchoError(f"{path}: no such page; build the book first")
+            page.goto(path.resolve().as_uri(), wait_until="load")
+            page.evaluate("document.querySelectorAll('img').forEach(i => { i.loading = 'eager' })")
+            page.wait_for_function("[...document.images].every(image => image.complete)")
+            page.evaluate("window.MathJax?.startup?.promise")
+            margins = {"top": "18mm", "bottom": "18mm", "left": "16mm", "right": "16mm"}
+            printed = PdfReader(io.BytesIO(page.pdf(format="A4", margin=margins, scale=0.8)))
+            writer.append(printed, outline_item=page.title().split(" — ")[0])
+        browser.close()
+    out = Path(out)
+    beside = out.with_name(f".{out.name}.{os.getpid()}")
+    writer.write(beside)
+    os.replace(beside, out)
+    return out
+
+
 @dataclass(frozen=True)
 class _Chapter:
     source: Path
@@ -129,6 +174,12 @@ def jobs_at_once():
 
 def _notebooks(root):
     """Paths of the chapters, in the order of _toc.yml."""
+    pages = [root / f"{page}.ipynb" for page in _toc_pages(root)]
+    return [path for path in pages if path.is_file()]
+
+
+def _toc_pages(root):
+    """Names of all pages, without suffix, in the order of _toc.yml."""
     path = root / "_toc.yml"
     if not path.is_file():
         raise DiffEchoError(f"{path}: missing; the book is built from a checkout of its repository")
@@ -146,7 +197,7 @@ def _notebooks(root):
     for page in pages:
         if not any((root / f"{page}{suffix}").is_file() for suffix in (".md", ".ipynb")):
             raise DiffEchoError(f"{path}: lists {page}, but there is no {page}.md or {page}.ipynb")
-    return [root / f"{page}.ipynb" for page in pages if (root / f"{page}.ipynb").is_file()]
+    return pages
 
 
 def _choose(chapters, notebooks):

@@ -12,7 +12,10 @@ from diffecho_utils import book, camus, data, phantom, profiles, results
 REAL = Path(__file__).resolve().parents[2] / "shared" / "camus"
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
 
-torch.set_num_threads(max(1, results.cores() // WORKERS))
+threads = max(1, results.cores() // WORKERS)
+torch.set_num_threads(threads)
+if WORKERS > 1:
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # of what the tests start
 
 
 def pytest_collection_modifyitems(items):

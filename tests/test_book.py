@@ -268,7 +268,8 @@ def test_interruption_leaves_nothing_half_done(project, phantom_root, jobs):
         os.kill(int(note.read_text()), 0)
 
 
-def test_chapters_at_the_same_time(project, build):
+def test_chapters_at_the_same_time(project, build, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     edit(project / "notebooks" / "01_first.ipynb", "import sys", "import os, sys")
     edit(
         project / "notebooks" / "01_first.ipynb", "sys.executable", "os.environ['OMP_NUM_THREADS']"

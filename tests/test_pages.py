@@ -14,9 +14,8 @@ import pytest
 import yaml
 from PIL import Image
 
-from diffecho_utils import assets
+from diffecho_utils import assets, book
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 MEGABYTES = 2.0  # of a page with all that it loads, text compressed as servers of static pages do
 SECONDS = 2.0  # until a page is there, from a server on this machine
 
@@ -29,9 +28,11 @@ class Quiet(SimpleHTTPRequestHandler):
 @pytest.fixture(scope="module")
 def browser():
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    path = next(filter(None, map(shutil.which, BROWSERS)), None)
+    path = next(filter(None, map(shutil.which, book.BROWSERS)), None)
     if path is None:
-        pytest.skip(f"no browser among {', '.join(BROWSERS)}; install one to test the pages in it")
+        pytest.skip(
+            f"no browser among {', '.join(book.BROWSERS)}; install one to test the pages in it"
+        )
     with playwright.sync_playwright() as play:
         browser = play.chromium.launch(executable_path=path, args=["--no-sandbox"])
         yield browser
@@ -209,3 +210,14 @@ def test_terms_show_their_definition(browser, site):
     title = page.get_attribute("a.reference:has(.std-term)", "title")
     assert title.startswith("What the encoder makes of an image")
     page.close()
+
+
+def test_pages_are_printed_into_one_file(browser, built, tmp_path):
+    pypdf = pytest.importorskip("pypdf", reason="pypdf is not installed")
+    names = ["book/intro", "notebooks/11_claims"]
+    path = book.print_pages(built / "html", tmp_path / "book.pdf", names)
+    printed = pypdf.PdfReader(path)
+    assert len(printed.outline) == 2 and len(printed.pages) > 10
+    text = "".join(page.extract_text() for page in printed.pages)
+    assert "Vision-language diffusion" in text and "margin" in text
+    assert sum(len(page.images) for page in printed.pages) > 3
