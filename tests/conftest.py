@@ -18,15 +18,15 @@ if WORKERS > 1:
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # of what the tests start
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
     """With several workers each file stays on one of them, and so do those that need the whole book."""
     together = ("test_notebooks", "test_pages")
     for item in items:
         name = "book" if item.path.stem in together else item.path.stem
         item.add_marker(pytest.mark.xdist_group(name))
-    items.sort(
-        key=lambda item: item.path.stem not in (*together, "test_colab")
-    )  # the longest first
+    first = (*together, "test_colab")  # the longest
+    items.sort(key=lambda item: item.path.stem not in first)
 
 
 @pytest.fixture(scope="session")
