@@ -7,6 +7,7 @@ for, from the repository's address, and checks it against the SHA-256 in `regist
 """
 
 import hashlib
+import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -40,8 +41,13 @@ def workspace():
 
 
 def checkpoint(world, model):
-    """Folder of a shipped checkpoint, `data/checkpoints/<world>/<model>`."""
-    return shipped(f"checkpoints/{world}/{model}")
+    """Folder of a shipped checkpoint, `data/checkpoints/<world>/<model>`; what it builds on lies beside it."""
+    folder = shipped(f"checkpoints/{world}/{model}")
+    if _checkout() is None:
+        made = json.loads((folder / "training.json").read_text())
+        for needed in made.get("needs", {}).values():
+            checkpoint(*Path(os.path.normpath(folder / needed["path"])).parts[-2:])
+    return folder
 
 
 def record(world, profile, name):

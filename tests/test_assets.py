@@ -16,7 +16,7 @@ from diffecho_utils import DiffEchoError, assets, models
 def away(tmp_path, monkeypatch):
     """As without a checkout; returns the folder that a loopback server serves, a copy of some shipped files."""
     served = tmp_path / "served"
-    for name in ("checkpoints/camus/classifier", "results/phantom"):
+    for name in ("checkpoints/camus/classifier", "checkpoints/phantom", "results/phantom"):
         shutil.copytree(assets.root() / "data" / name, served / name)
     handler = partial(Quiet, directory=served)
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
@@ -54,6 +54,12 @@ def test_checkpoint_is_fetched_once_and_loads(away, tmp_path):
     assert assets.workspace() == tmp_path / "_build"
     with pytest.raises(DiffEchoError, match="no checkout"):
         assets.root()
+
+
+def test_checkpoint_comes_with_what_it_builds_on(away, tmp_path):
+    assert models.load_generator(assets.checkpoint("phantom", "text-seg"))
+    there = {path.name for path in (tmp_path / "cache" / "checkpoints" / "phantom").iterdir()}
+    assert there == {"autoencoder", "clip", "text", "text-seg"}
 
 
 def test_file_changed_in_the_cache_is_fetched_again(away):
