@@ -110,6 +110,8 @@ def _fetched(relative):
             f"data/{relative}: not shipped; beside it are {sorted(there) or 'no files'}"
         )
     pooch.get_logger().setLevel("WARNING")
+    for name in names:  # before the threads, which would make the same one twice
+        (Path(store.path) / name).parent.mkdir(parents=True, exist_ok=True)
 
     def fetch(name):
         try:
