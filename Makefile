@@ -8,21 +8,29 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
 INSTALLED := .venv/.installed
 
-.PHONY: help book test bench lab check clean distclean
+.PHONY: help book pdf course test bench lab check clean distclean
 
 help:
 	@echo "make book       execute the chapters and build the pages (DATA=folder, PROFILE=smoke|cpu|gpu|paper)"
+	@echo "make pdf        the same, and the pages printed into one PDF file (needs Chromium or Chrome)"
+	@echo "make course     write student and teacher copies of the chapters to _build/course"
 	@echo "make test       run the tests"
 	@echo "make bench      time the phantom and the training loop against the usual shape"
 	@echo "make lab        open the chapters in JupyterLab"
-	@echo "make check      ruff: format and lint"
+	@echo "make check      format, lint and spelling"
 	@echo "make clean      remove what was built; make distclean removes .venv too"
 
 book: $(INSTALLED)
 	$(BIN)/python -m diffecho_utils book --profile "$(PROFILE)" $(if $(DATA),--data "$(DATA)")
 
+pdf: $(INSTALLED)
+	$(BIN)/python -m diffecho_utils book --pdf --profile "$(PROFILE)" $(if $(DATA),--data "$(DATA)")
+
+course: $(INSTALLED)
+	$(BIN)/python -m diffecho_utils course
+
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadgroup
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/phantom_speed.py
@@ -34,6 +42,7 @@ lab: $(INSTALLED)
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/codespell
 
 clean:
 	rm -rf _build

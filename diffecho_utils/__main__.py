@@ -356,13 +356,25 @@ def downstream_command(options):
 def book_command(options):
     from diffecho_utils import book
 
-    book.build(
+    index = book.build(
         options.data,
         options.profile,
         chapters=options.chapter,
         record=options.record,
         force=options.force,
+        jobs=options.jobs or book.jobs_at_once(),
     )
+    if options.pdf:
+        print(f"open {book.print_pages(index.parent, index.parent.parent / 'book.pdf')}")
+
+
+def course_command(options):
+    from diffecho_utils import assets, course
+
+    notebooks = sorted((assets.root() / "notebooks").glob("*.ipynb"))
+    out = options.out or assets.workspace() / "course"
+    for folder in course.write(notebooks, out):
+        print(f"wrote {len(notebooks)} chapters to {folder}")
 
 
 def _official(path):
@@ -570,6 +582,16 @@ def _parser():
     sub.add_argument(
         "--force", action="store_true", help="execute chapters that did not change, too"
     )
+    sub.add_argument("--pdf", action="store_true", help="print the pages into one PDF file, too")
+    sub.add_argument(
+        "--jobs",
+        type=int,
+        metavar="N",
+        help="so many chapters at the same time; default: as many as suit this machine",
+    )
+
+    sub = command("course", course_command, "copies of the chapters for students and teachers")
+    sub.add_argument("--out", type=Path, metavar="DIR", help="default: _build/course")
     return parser
 
 

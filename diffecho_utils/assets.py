@@ -1,52 +1,75 @@
-"""Where things are: shipped checkpoints and records in a checkout, and a place for what is made.
+"""Where things are: shipped checkpoints and records, and a place for what is made.
 
 Every chapter. In a checkout the shipped files lie under `data/`, and what a run makes goes to `_build/`.
+Where the package is installed without one (Colab), pooch fetches a shipped file when it is first asked
+for, from the repository's address, and checks it against the SHA-256 in `registry.txt`. After a change under
+`data/`, `python -m diffecho_utils.assets` writes the registry anew.
 """
 
+import hashlib
+import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pooch
+
 from diffecho_utils import DiffEchoError
+
+ADDRESS = "https://raw.githubusercontent.com/diffecho-book/diffecho-book/main/data/"
+REGISTRY = Path(__file__).with_name("registry.txt")  # lines "path sha256"
 
 
 def root():
     """The checkout: $DIFFECHO_ROOT, the folder around an editable install, or one above the cwd."""
-    here = Path(__file__).resolve().parent.parent
-    candidates = [here, Path.cwd(), *Path.cwd().parents]
-    if os.environ.get("DIFFECHO_ROOT"):
-        candidates.insert(0, Path(os.environ["DIFFECHO_ROOT"]))
-    for folder in candidates:
-        if (folder / "_toc.yml").is_file() and (folder / "data").is_dir():
-            return folder
-    raise DiffEchoError(
-        f"{Path.cwd()}: no checkout of the book here or above; work inside one, or set DIFFECHO_ROOT to it"
-    )
+    folder = _checkout()
+    if folder is None:
+        raise DiffEchoError(
+            f"{Path.cwd()}: no checkout of the book here or above; work inside one, or set DIFFECHO_ROOT to it"
+        )
+    return folder
 
 
 def workspace():
-    """Folder for what runs make (phantom, caches, build trees), created if needed: `_build`."""
-    folder = root() / "_build"
+    """Folder for what runs make (phantom, caches, build trees), created if needed.
+
+    `_build` in the checkout; without one, in the current folder.
+    """
+    folder = (_checkout() or Path.cwd()) / "_build"
     folder.mkdir(exist_ok=True)
     return folder
 
 
 def checkpoint(world, model):
-    """Folder of a shipped checkpoint, `data/checkpoints/<world>/<model>`."""
-    return _shipped(Path("checkpoints") / world / model)
+    """Folder of a shipped checkpoint, `data/checkpoints/<world>/<model>`; what it builds on lies beside it."""
+    folder = shipped(f"checkpoints/{world}/{model}")
+    if _checkout() is None:
+        made = json.loads((folder / "training.json").read_text())
+        for needed in made.get("needs", {}).values():
+            checkpoint(*Path(os.path.normpath(folder / needed["path"])).parts[-2:])
+    return folder
 
 
 def record(world, profile, name):
     """Path of a shipped record, `data/results/<world>/<profile>/<name>.json`."""
-    return _shipped(Path("results") / world / profile / f"{name}.json")
+    return shipped(f"results/{world}/{profile}/{name}.json")
 
 
 def features(world, profile, name):
     """Path of shipped feature vectors, `data/results/<world>/<profile>/<name>.safetensors`."""
-    return _shipped(Path("results") / world / profile / f"{name}.safetensors")
+    return shipped(f"results/{world}/{profile}/{name}.safetensors")
 
 
-def _shipped(relative):
-    path = root() / "data" / relative
+def shipped(relative):
+    """Path of a shipped file or folder, given relative to `data/`; fetched where there is no checkout.
+
+    Raises DiffEchoError where nothing of that name is shipped, and for a file that cannot be fetched or
+    arrives damaged, of which nothing is kept.
+    """
+    checkout = _checkout()
+    if checkout is None:
+        return _fetched(relative)
+    path = checkout / "data" / relative
     if path.exists():
         return path
     beside = path.parent
@@ -54,3 +77,75 @@ def _shipped(relative):
     raise DiffEchoError(
         f"{path}: not shipped; beside it are {there or 'no files'}; check the checkout"
     )
+
+
+def _checkout():
+    here = Path(__file__).resolve().parent.parent
+    candidates = [here, Path.cwd(), *Path.cwd().parents]
+    if os.environ.get("DIFFECHO_ROOT"):
+        candidates.insert(0, Path(os.environ["DIFFECHO_ROOT"]))
+    for folder in candidates:
+        if (folder / "_toc.yml").is_file() and (folder / "data").is_dir():
+            return folder
+    return None
+
+
+def _fetched(relative):
+    """The file or folder in pooch's cache, from $DIFFECHO_DATA_URL or the repository's address."""
+    address = os.environ.get("DIFFECHO_DATA_URL", ADDRESS)
+    store = pooch.create(
+        path=pooch.os_cache("diffecho"),
+        base_url=address.rstrip("/") + "/",
+        env="DIFFECHO_CACHE",
+        retry_if_failed=2,
+    )
+    store.load_registry(REGISTRY)
+    names = [n for n in store.registry if n == relative or n.startswith(f"{relative}/")]
+    if not names:
+        above = relative.rpartition("/")[0]
+        there = {
+            n.removeprefix(above).strip("/").split("/")[0] for n in store.registry if above in n
+        }
+        raise DiffEchoError(
+            f"data/{relative}: not shipped; beside it are {sorted(there) or 'no files'}"
+        )
+    pooch.get_logger().setLevel("WARNING")
+    for name in names:  # before the threads, which would make the same one twice
+        (Path(store.path) / name).parent.mkdir(parents=True, exist_ok=True)
+
+    def fetch(name):
+        try:
+            store.fetch(name)
+        except (OSError, ValueError) as error:  # the network's errors are OSErrors
+            raise DiffEchoError(
+                f"{store.get_url(name)}: {_in_words(error)}; nothing was kept. Try again; if it stays so, "
+                "install the package anew, so that its list of files is that of the address"
+            ) from None
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(fetch, names))
+    return Path(store.path) / relative
+
+
+def _in_words(error):
+    text = " ".join(str(error).split())
+    if "does not match the known hash" in text:
+        return "what arrived is damaged, or another version (its SHA-256 is not the registered one)"
+    return f"not fetched ({text[:200]})"
+
+
+def write_registry(folder, path=REGISTRY):
+    """Write "path sha256" of each file below `folder`, hidden ones left out, to `path`."""
+    folder = Path(folder)
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
+    lines = [
+        f"{p.relative_to(folder).as_posix()} {hashlib.sha256(p.read_bytes()).hexdigest()}\n"
+        for p in files
+    ]
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text("".join(lines))
+    os.replace(beside, path)
+
+
+if __name__ == "__main__":
+    write_registry(root() / "data")

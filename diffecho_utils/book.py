@@ -17,10 +17,14 @@ import ast
 import contextlib
 import datetime
 import hashlib
+import io
 import json
+import multiprocessing
+import multiprocessing.connection
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -28,7 +32,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffecho_utils import DiffEchoError, assets, camus, phantom, profiles, results
+from diffecho_utils import DiffEchoError, assets, camus, profiles, results
 
 try:
     import nbformat
@@ -43,13 +47,14 @@ except ModuleNotFoundError as error:
 KERNEL = "diffecho-book"
 
 
-def build(data, profile, *, chapters=None, record=False, force=False, root=None):
+def build(data, profile, *, chapters=None, record=False, force=False, jobs=1, root=None):
     """Execute what changed, build the pages, and return the path of their index.html.
 
     data: a folder in CAMUS's layout, or None for the phantom, written first where it is missing.
     chapters: names such as "03_unconditional" to execute; the others keep their last execution.
     record: the chapters write to data/results/<world>/<profile>, not to the build tree.
-    force: execute even what did not change. root: the checkout, found by default.
+    force: execute even what did not change. jobs: so many chapters at the same time, which share
+    the processor's cores between them. root: the checkout, found by default.
 
     A chapter is executed again when its code, a package module it imports, its parameters, the
     data, the shipped files or the pinned requirements changed; new prose needs no execution.
@@ -73,31 +78,74 @@ def build(data, profile, *, chapters=None, record=False, force=False, root=None)
 
     print(f"book: world {world}, profile {profile}, data {data}", flush=True)
     _copy_pages(root, base)
-    outcomes = {}
-    for number, chapter in enumerate(plan, start=1):
+    outcomes, waiting = {}, []
+    for chapter in plan:
         before = _execution(chapter.executed)
-        label = f"[{number}/{len(plan)}] {chapter.name}"
         if chapter.name not in chosen:
             outcomes[chapter.name] = _unchosen(before, chapter.key)
         elif before and before["key"] == chapter.key and not force:
             outcomes[chapter.name] = "unchanged"
         else:
-            took = f", {before['seconds'] / 60:.1f} min last time" if before else ""
-            print(f"{label}: executing{took}", flush=True)
-            _execute(chapter, root, base, parameters, world)
             outcomes[chapter.name] = "executed"
-        print(f"{label}: {outcomes[chapter.name]}", flush=True)
+            waiting.append(chapter)
+    with _kernel(base / "jupyter", root, jobs):
+        _execute_all(waiting, jobs, base, parameters, world)
 
     timings = {c.name: _execution(c.executed) for c in plan if c.executed.exists()}
     for timing in timings.values():
         del timing["key"]
     results.write_text(base / "timings.json", json.dumps(timings, indent=1) + "\n")
+    _write_status(timings, notebooks, base / "source" / "book" / "_made")
     for chapter in plan:
         _publish(chapter, base / "source" / "notebooks")
     index = _pages(base)
     _print_table(outcomes, timings)
     print(f"open {index}", flush=True)
     return index
+
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+
+
+def print_pages(html, out, pages=None):
+    """Print the built pages (folder `html`) by a browser into one PDF file, with a bookmark for each.
+
+    pages: names such as "notebooks/03_unconditional", by default all of _toc.yml in its order.
+    Raises DiffEchoError where Chromium, Chrome, playwright or pypdf is missing, or a page.
+    """
+    try:
+        from playwright.sync_api import sync_playwright
+        from pypdf import PdfReader, PdfWriter
+    except ModuleNotFoundError as error:
+        raise DiffEchoError(
+            f"{error.name}: not installed; run `pip install {error.name}`"
+        ) from None
+    browser_path = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if browser_path is None:
+        raise DiffEchoError(
+            f"no browser among {', '.join(BROWSERS)}; `apt-get install chromium` brings one"
+        )
+    writer = PdfWriter()
+    with sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])
+        page = browser.new_page()
+        for name in pages or _toc_pages(assets.root()):
+            path = Path(html) / f"{name}.html"
+            if not path.is_file():
+                raise DiffEchoError(f"{path}: no such page; build the book first")
+            page.goto(path.resolve().as_uri(), wait_until="load")
+            page.evaluate("document.querySelectorAll('img').forEach(i => { i.loading = 'eager' })")
+            page.wait_for_function("[...document.images].every(image => image.complete)")
+            page.evaluate("window.MathJax?.startup?.promise")
+            margins = {"top": "18mm", "bottom": "18mm", "left": "16mm", "right": "16mm"}
+            printed = PdfReader(io.BytesIO(page.pdf(format="A4", margin=margins, scale=0.8)))
+            writer.append(printed, outline_item=page.title().split(" — ")[0])
+        browser.close()
+    out = Path(out)
+    beside = out.with_name(f".{out.name}.{os.getpid()}")
+    writer.write(beside)
+    os.replace(beside, out)
+    return out
 
 
 @dataclass(frozen=True)
@@ -111,11 +159,27 @@ class _Chapter:
         return self.source.stem
 
 
+def jobs_at_once():
+    """How many chapters suit this machine at the same time: 1 beside a GPU, else up to 4 by cores and memory."""
+    import torch
+
+    if torch.cuda.is_available():
+        return 1
+    gigabytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    return max(1, min(results.cores(), int(gigabytes / 5), 4))
+
+
 # What there is to do
 
 
 def _notebooks(root):
     """Paths of the chapters, in the order of _toc.yml."""
+    pages = [root / f"{page}.ipynb" for page in _toc_pages(root)]
+    return [path for path in pages if path.is_file()]
+
+
+def _toc_pages(root):
+    """Names of all pages, without suffix, in the order of _toc.yml."""
     path = root / "_toc.yml"
     if not path.is_file():
         raise DiffEchoError(f"{path}: missing; the book is built from a checkout of its repository")
@@ -133,7 +197,7 @@ def _notebooks(root):
     for page in pages:
         if not any((root / f"{page}{suffix}").is_file() for suffix in (".md", ".ipynb")):
             raise DiffEchoError(f"{path}: lists {page}, but there is no {page}.md or {page}.ipynb")
-    return [root / f"{page}.ipynb" for page in pages if (root / f"{page}.ipynb").is_file()]
+    return pages
 
 
 def _choose(chapters, notebooks):
@@ -147,13 +211,10 @@ def _choose(chapters, notebooks):
 
 def _data(data, profile):
     """The data folder, absolute and with a readable table of frames."""
+    row = profiles.get(profile)
     if data is None:
-        row = profiles.get(profile)
-        folder = assets.workspace() / f"phantom-{profile}"
-        print(f"phantom: {row.phantom_patients} patients in {folder}", flush=True)
-        data = phantom.ensure(folder, patients=row.phantom_patients, seed=row.phantom_seed)
-    else:
-        profiles.get(profile)
+        print(f"phantom: {row.phantom_patients} patients", flush=True)
+        data = profiles.phantom_folder(row)
     data = Path(data).expanduser().resolve()
     camus.read_table(data)
     return data
@@ -273,7 +334,75 @@ def _unchosen(before, key):
     return "unchanged" if before["key"] == key else "out of date"
 
 
-def _execute(chapter, root, base, parameters, world):
+def _execute_all(chapters, jobs, base, parameters, world):
+    """Run the chapters, at most `jobs` of them at the same time, each then in a process of its own.
+
+    After a failure no other chapter is begun, and those that run are finished: they are kept.
+    """
+    if jobs == 1:
+        for number, chapter in enumerate(chapters, start=1):
+            _announce(number, len(chapters), chapter)
+            _execute(chapter, base, parameters, world)
+        return
+    context = multiprocessing.get_context("spawn")
+    waiting, running, failures = list(enumerate(chapters, start=1)), {}, []
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                number, chapter = waiting.pop(0)
+                _announce(number, len(chapters), chapter)
+                here, there = context.Pipe(duplex=False)
+                task = (there, chapter, base, parameters, world)
+                process = context.Process(target=_execute_apart, args=task)
+                process.start()
+                there.close()
+                running[here] = chapter, process
+            for pipe in multiprocessing.connection.wait(list(running)):
+                chapter, process = running.pop(pipe)
+                try:
+                    failure = pipe.recv()
+                except EOFError:
+                    failure = f"{chapter.name}: the process that ran it ended without a word"
+                process.join()
+                print(f"  {chapter.name}: {'failed' if failure else 'done'}", flush=True)
+                if failure:
+                    failures.append(failure)
+                    waiting.clear()
+    finally:  # an interruption: the kernels end with the processes
+        for _, process in running.values():
+            if process.is_alive():
+                os.kill(process.pid, signal.SIGINT)
+        for _, process in running.values():
+            process.join()
+    if failures:
+        raise DiffEchoError("\n".join(failures))
+
+
+def _announce(number, count, chapter):
+    before = _execution(chapter.executed)
+    took = f", {before['seconds'] / 60:.1f} min last time" if before else ""
+    print(f"[{number}/{count}] {chapter.name}: executing{took}", flush=True)
+
+
+def _execute_apart(pipe, *task):
+    """`_execute` in its own process: sends None, or what went wrong in words."""
+
+    def interrupt(*_):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal and the parent both send one
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        _execute(*task)
+    except DiffEchoError as error:
+        pipe.send(str(error))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    else:
+        pipe.send(None)
+
+
+def _execute(chapter, base, parameters, world):
     """Run a chapter into executed/, whole or not at all."""
     failed = base / "failed" / chapter.source.name
     partial = chapter.executed.with_suffix(".partial.ipynb")
@@ -282,7 +411,7 @@ def _execute(chapter, root, base, parameters, world):
     failed.unlink(missing_ok=True)
     start = time.monotonic()
     try:
-        with _kernel(base / "jupyter", root), _progress(chapter.name) as on_cell_start:
+        with _progress(chapter.name) as on_cell_start:
             notebook = papermill.execute_notebook(
                 chapter.source,
                 partial,
@@ -321,17 +450,23 @@ def _execute(chapter, root, base, parameters, world):
 
 
 @contextlib.contextmanager
-def _kernel(folder, root):
-    """A kernel of this very Python and checkout, whatever kernels and settings the user has."""
-    environment = {
+def _kernel(folder, root, jobs):
+    """A kernel of this very Python and checkout, whatever kernels and settings the user has.
+
+    With several jobs each gets its share of the cores, but for a number of threads set outside.
+    """
+    threads = {"OMP_NUM_THREADS": str(max(1, results.cores() // jobs))} if jobs > 1 else {}
+    environment = threads | {
         "PYTHONPATH": os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")])),
         "PYTHONHASHSEED": "0",
         "MPLBACKEND": "module://matplotlib_inline.backend_inline",
         "IPYTHONDIR": str(folder / "ipython"),
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1"),
+        "DIFFECHO_PAGES": "1",  # pictures in place of sliders
         "TQDM_DISABLE": "1",  # its bars become widgets, which a page cannot show
     }
+    environment |= {name: os.environ[name] for name in threads if name in os.environ}
     argv = [sys.executable, "-Xfrozen_modules=off", "-m", "ipykernel_launcher", "--log-level=ERROR"]
     spec = {
         "argv": [*argv, "-f", "{connection_file}"],
@@ -385,11 +520,40 @@ def _copy_pages(root, base):
     source = base / "source"
     (source / "notebooks").mkdir(parents=True, exist_ok=True)
     pages = [path for path in (root / "book").rglob("*") if path.is_file()]
+    pages += (root / "data").rglob("*.md")  # cards of the data and the networks
     for path in [root / "_config.yml", root / "_toc.yml", *pages]:
         target = source / path.relative_to(root)
         if not target.exists() or target.read_bytes() != path.read_bytes():
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target)
+
+
+def _write_status(timings, notebooks, folder):
+    """The table of the page on the build's status: who was executed when, where, for how long, on what."""
+    lines = ["| chapter | took | world, profile | when | on |", "|---|---|---|---|---|"]
+    for path in notebooks:
+        t = timings.get(path.stem)
+        cells = ["not executed", "", "", ""]
+        if t:
+            cells = [
+                _duration(t["seconds"]),
+                f"{t['world']}, {t['profile']}",
+                t["date"],
+                t["hardware"],
+            ]
+        lines.append(f"| [](../notebooks/{path.name}) | {' | '.join(cells)} |")
+    total = _duration(sum(t["seconds"] for t in timings.values()))
+    versions = results.provenance("")["versions"]
+    lines += ["", f"All chapters one after the other: {total}. Versions: "]
+    lines += [", ".join(f"{name} {number}" for name, number in versions.items()) + "."]
+    folder.mkdir(parents=True, exist_ok=True)
+    path, text = folder / "status.md", "\n".join(lines) + "\n"
+    if not path.exists() or path.read_text() != text:
+        results.write_text(path, text)
+
+
+def _duration(seconds):
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
 
 
 def _publish(chapter, folder):
@@ -406,6 +570,7 @@ def _publish(chapter, folder):
         notebook.cells.insert(1, nbformat.v4.new_markdown_cell(note, id="not-executed"))
     elif before["key"] == chapter.key:
         _fill(notebook, nbformat.read(chapter.executed, as_version=4))
+        _tell_time(notebook, before)
     else:
         return
     text = nbformat.writes(notebook) + "\n"
@@ -416,7 +581,7 @@ def _publish(chapter, folder):
 def _fill(notebook, executed):
     """Put the outputs of `executed` into `notebook`, which has the same code.
 
-    Figures get their caption as alternative text, and solutions are folded away.
+    Figures get their caption as alternative text; solutions and their checks are folded away.
     """
     notebook.metadata["language_info"] = executed.metadata["language_info"]
     injected = "injected-parameters"
@@ -431,10 +596,26 @@ def _fill(notebook, executed):
         caption = _caption(run.outputs)
         if caption:
             options["image"] = {"alt": caption}
-        if "solution" in cell.metadata.get("tags", []):
-            cell.metadata["tags"].append("hide-cell")
-            options["code_prompt_show"] = "Show the solution"
-            options["code_prompt_hide"] = "Hide the solution"
+        for tag, what in (("solution", "solution"), ("check", "check of your answer")):
+            if tag in cell.metadata.get("tags", []):
+                cell.metadata["tags"].append("hide-cell")
+                options["code_prompt_show"] = f"Show the {what}"
+                options["code_prompt_hide"] = f"Hide the {what}"
+
+
+def _tell_time(notebook, execution):
+    """Put what the execution took into the row "Time" of the chapter's opening table."""
+    took = (
+        f"{_duration(execution['seconds'])} on a {execution['hardware']}, profile "
+        f"{execution['profile']} ([this build](../book/status.md))"
+    )
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            guess = r"(?m)^(\| Time \| )[^;|]*"  # up to what dominates
+            cell.source, found = re.subn(guess, lambda row: row[1] + took, cell.source, count=1)
+            if found:
+                cell.source = cell.source.replace(took + "|", took + " |")
+                return
 
 
 def _caption(outputs):

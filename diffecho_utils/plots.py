@@ -3,6 +3,9 @@
 Every chapter. Functions return a matplotlib Figure; `show` displays it with its caption.
 """
 
+import itertools
+import os
+
 import matplotlib.pyplot as plt
 import numpy as np
 from IPython.display import Markdown, display
@@ -34,6 +37,50 @@ def show(figure, caption, source):
     """Display a figure and, below it, its caption and where it comes from (live or recorded)."""
     display(figure)
     plt.close(figure)
+    display(Markdown(f"**Figure.** {caption} *{source}.*"))
+
+
+def explore(draw, caption, source, **dials):
+    """Pictures with sliders in a notebook; on a page of the book, pictures for all positions.
+
+    draw(**position): images (N, 1, H, W) in [-1, 1], or (images, label maps (N, H, W)); dials: {name:
+    values}, one slider each. The first picture is that of the values in the middle.
+    """
+
+    def figure_of(position):
+        drawn = draw(**position)
+        images, masks = drawn if isinstance(drawn, tuple) else (drawn, None)
+        told = ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in position.items())
+        return images, masks, [told] * len(images)
+
+    if os.environ.get("DIFFECHO_PAGES"):
+        positions = [
+            dict(zip(dials, place, strict=True)) for place in itertools.product(*dials.values())
+        ]
+        images, masks, titles = zip(*map(figure_of, positions), strict=True)
+        masks = None if masks[0] is None else np.concatenate(masks)
+        figure = frames(np.concatenate(images), sum(titles, []), masks, min(len(positions), 6))
+        show(figure, f"{caption} In the notebook, sliders set these values.", source)
+        return
+    import ipywidgets
+
+    sliders = {
+        name: ipywidgets.SelectionSlider(
+            options=list(values),
+            value=values[len(values) // 2],
+            description=name.replace("_", " "),
+            continuous_update=False,
+        )
+        for name, values in dials.items()
+    }
+
+    def redraw(**position):
+        images, masks, titles = figure_of(position)
+        figure = frames(images, titles, masks, width=2.4)
+        display(figure)
+        plt.close(figure)
+
+    display(*sliders.values(), ipywidgets.interactive_output(redraw, sliders))
     display(Markdown(f"**Figure.** {caption} *{source}.*"))
 
 

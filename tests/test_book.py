@@ -15,7 +15,7 @@ import nbformat
 import pytest
 import yaml
 
-from diffecho_utils import DiffEchoError, book, profiles
+from diffecho_utils import DiffEchoError, book, profiles, results
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -239,12 +239,15 @@ def test_chosen_chapters(project, build, no_kernel, capsys):
     assert "solved" in outputs(page(project, "01_first")), "keeps its last page"
 
 
-def test_interruption_leaves_nothing_half_done(project, phantom_root):
-    source = "import time\ntime.sleep(60)"
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_interruption_leaves_nothing_half_done(project, phantom_root, jobs):
+    note = tree(project) / "process"
+    source = f"import os, pathlib, time\npathlib.Path({str(note)!r}).write_text(str(os.getpid()))"
+    source += "\ntime.sleep(60)"
     write_notebook(project / "notebooks" / "02_second.ipynb", (PARAMETERS, "parameters"), source)
     code = (
         f"from diffecho_utils import book; book.build({str(phantom_root)!r}, 'smoke', "
-        f"root={str(project)!r})"
+        f"root={str(project)!r}, jobs={jobs})"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code],
@@ -253,14 +256,33 @@ def test_interruption_leaves_nothing_half_done(project, phantom_root):
         # a run in the background ignores the signal, and children inherit that
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    partial = tree(project) / "executed" / "02_second.partial.ipynb"
+    done = tree(project) / "executed" / "01_first.ipynb"
     deadline = time.monotonic() + 60
-    while not partial.exists() and time.monotonic() < deadline:
+    while not (note.exists() and done.exists()) and time.monotonic() < deadline:
         time.sleep(0.1)
     time.sleep(1)
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=30) != 0
     assert [path.name for path in (tree(project) / "executed").iterdir()] == ["01_first.ipynb"]
+    with pytest.raises(ProcessLookupError):  # no kernel is left behind
+        os.kill(int(note.read_text()), 0)
+
+
+def test_chapters_at_the_same_time(project, build, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    edit(project / "notebooks" / "01_first.ipynb", "import sys", "import os, sys")
+    edit(
+        project / "notebooks" / "01_first.ipynb", "sys.executable", "os.environ['OMP_NUM_THREADS']"
+    )
+    edit(project / "notebooks" / "01_first.ipynb", "print('solved')", "1 / 0")
+    with pytest.raises(DiffEchoError, match="01_first.*ZeroDivisionError"):
+        build(jobs=2)
+    assert (tree(project) / "executed" / "02_second.ipynb").exists(), "the other one is kept"
+    edit(project / "notebooks" / "01_first.ipynb", "1 / 0", "print('solved')")
+    build(jobs=2)
+    first, second = (outputs(page(project, name)) for name in ("01_first", "02_second"))
+    assert "solved" in first and "smoke" in second
+    assert first.splitlines()[1] == str(max(1, results.cores() // 2))
 
 
 def test_pages_are_built_and_warnings_keep_the_old_ones(project, phantom_root, capsys):

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from matplotlib import pyplot as plt
 
 from diffecho_utils import plots
@@ -58,3 +59,26 @@ def test_show_gives_figure_and_caption(capsys, frames):
     plots.show(figure, "One frame.", "Live: phantom")
     assert not plt.fignum_exists(figure.number)
     assert "Markdown" in capsys.readouterr().out
+
+
+def test_sliders_in_a_notebook_and_all_their_positions_on_a_page(monkeypatch, capsys):
+    asked, shown = [], []
+    monkeypatch.setattr(plots, "display", lambda *things: shown.extend(things))
+
+    def draw(size, tilt):
+        asked.append((size, tilt))
+        return torch.zeros(1, 1, 8, 8), torch.zeros(1, 8, 8, dtype=torch.uint8)
+
+    plots.explore(draw, "A square.", "Live", size=(1, 2, 3), tilt=(0, 10))
+    sliders = [thing for thing in shown if hasattr(thing, "options")]
+    assert [slider.value for slider in sliders] == [2, 10] and asked == [(2, 10)]
+    sliders[0].value = 3
+    assert asked[-1] == (3, 10), "a moved slider draws again"
+    monkeypatch.setenv("DIFFECHO_PAGES", "1")
+    asked.clear()
+    shown.clear()
+    plots.explore(draw, "A square.", "Live", size=(1, 2, 3), tilt=(0, 10))
+    assert asked == [(s, t) for s in (1, 2, 3) for t in (0, 10)]
+    figure, caption = shown
+    assert [axis.get_title() for axis in figure.axes] == [f"size {s}, tilt {t}" for s, t in asked]
+    assert "sliders" in caption.data

@@ -1,0 +1,152 @@
+"""Copies of the chapters for a course: students', with stubs for the solutions, and teachers'.
+
+Teaching guide. In a chapter each exercise is a heading `### Exercise N: ...`, one or more cells tagged
+`solution`, a cell tagged `check`, and prose that discusses the answer. A student's copy keeps the heading, has a
+stub in place of the solutions, keeps the check, and leaves the discussion out. A teacher's copy has everything.
+"""
+
+import ast
+import contextlib
+import copy
+import re
+from pathlib import Path
+
+import nbformat
+
+from diffecho_utils import DiffEchoError, results
+
+
+@contextlib.contextmanager
+def exercise(number, **answers):
+    """What a checking cell does its checks in: first that no answer is still the stub's `...`.
+
+    Raises AssertionError that names the empty answers, and says so when the checks inside passed.
+    """
+    empty = [f"`{name}`" for name, value in answers.items() if value is ...]
+    if empty:
+        raise AssertionError(f"Exercise {number}: {', '.join(empty)} still to be found")
+    yield
+    print(f"Exercise {number}: passed.")
+
+
+def write(notebooks, out):
+    """Write `student/` and `teacher/` copies of the notebooks (paths) below `out`; returns both folders."""
+    folders = [Path(out) / name for name in ("student", "teacher")]
+    for folder, make in zip(folders, (student, teacher), strict=True):
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in notebooks:
+            notebook = make(nbformat.read(path, as_version=4))
+            results.write_text(folder / Path(path).name, nbformat.writes(notebook) + "\n")
+    return folders
+
+
+def student(notebook):
+    """A copy with stubs for solutions and without their discussion."""
+    notebook = copy.deepcopy(notebook)
+    for part in _exercises(notebook):
+        stub = nbformat.v4.new_code_cell(_stub(part), id=part.solutions[0].id)
+        notebook.cells[notebook.cells.index(part.solutions[0])] = stub
+        for cell in part.solutions[1:]:
+            notebook.cells.remove(cell)
+        for cell in part.discussion:
+            cell.source = _from_heading(cell.source)
+            if not cell.source:
+                notebook.cells.remove(cell)
+    return notebook
+
+
+def teacher(notebook):
+    """A copy as the chapter is, with a line above each solution that says what it is."""
+    notebook = copy.deepcopy(notebook)
+    for part in _exercises(notebook):
+        cell = part.solutions[0]
+        cell.source = f"# Solution of exercise {part.number}\n{cell.source}"
+    return notebook
+
+
+def trial(notebook):
+    """The teacher's copy in which every check is first tried on the stub and has to fail there."""
+    notebook = teacher(notebook)
+    for part in _exercises(notebook):
+        attempt = f"""
+try:
+{_indented(part.check.source)}
+except (AssertionError, NotImplementedError) as error:
+    assert len(str(error)) > 20, "a check says what is amiss"
+else:
+    raise RuntimeError("the check of exercise {part.number} passes on the stub")"""
+        cells = [nbformat.v4.new_code_cell(text) for text in (_stub(part), attempt.strip())]
+        where = notebook.cells.index(part.solutions[0])
+        notebook.cells[where:where] = cells
+    return notebook
+
+
+class _Exercise:
+    """The cells of one exercise."""
+
+    def __init__(self, number):
+        self.number, self.solutions, self.check, self.discussion = number, [], None, []
+
+
+def _exercises(notebook):
+    """The exercises that have a solution, in order; DiffEchoError for one without a check."""
+    found, current = [], None
+    for cell in notebook.cells:
+        tags = cell.metadata.get("tags", [])
+        if cell.cell_type == "markdown":
+            headings = re.findall(r"(?m)^(?:### Exercise (\d+)|## )", cell.source)
+            if current and current.solutions:
+                current.discussion.append(cell)
+            if headings:
+                current = _Exercise(int(headings[-1])) if headings[-1] else None
+                if current:
+                    found.append(current)
+        elif current and "solution" in tags:
+            current.solutions.append(cell)
+        elif current and "check" in tags:
+            current.check = cell
+    found = [part for part in found if part.solutions]
+    for part in found:
+        if part.check is None:
+            raise DiffEchoError(f"exercise {part.number}: a solution and no cell tagged `check`")
+    return found
+
+
+def _stub(part):
+    """What a student starts from: imports, functions without their bodies, answers without values."""
+    lines, functions = [], set()
+    for statement in ast.parse("\n".join(cell.source for cell in part.solutions)).body:
+        if isinstance(statement, (ast.Import, ast.ImportFrom)):
+            lines.append(ast.unparse(statement))
+        elif isinstance(statement, ast.FunctionDef):
+            functions.add(statement.name)
+            lines += ["", *_bare(statement, part.number), ""]
+    answers = [
+        keyword.arg
+        for node in ast.walk(ast.parse(part.check.source))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "course.exercise"
+        for keyword in node.keywords
+    ]
+    lines += [f"{name} = ..." for name in answers if name not in functions]
+    text = "\n".join([f"# Exercise {part.number}: your answer; the next cell checks it", *lines])
+    return re.sub(r"\n{3,}", "\n\n", text).strip()
+
+
+def _bare(function, number):
+    """Lines of a function that only has its signature and docstring."""
+    told = ast.get_docstring(function, clean=False)
+    message = f"exercise {number}: write `{function.name}` first"
+    bare = copy.deepcopy(function)
+    bare.body = [ast.Expr(ast.Constant(told))] if told else []
+    bare.body += ast.parse(f"raise NotImplementedError({message!r})").body
+    return ast.unparse(ast.fix_missing_locations(bare)).splitlines()
+
+
+def _from_heading(source):
+    """The text from its first heading on; nothing where there is none."""
+    found = re.search(r"(?m)^##", source)
+    return source[found.start() :] if found else ""
+
+
+def _indented(source):
+    return "\n".join(f"    {line}" if line else "" for line in source.splitlines())

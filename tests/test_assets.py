@@ -1,0 +1,114 @@
+"""Shipped files: local in a checkout, fetched and checked elsewhere, never half there."""
+
+import shutil
+import subprocess
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from diffecho_utils import DiffEchoError, assets, models
+
+
+@pytest.fixture
+def away(tmp_path, monkeypatch):
+    """As without a checkout; returns the folder that a loopback server serves, a copy of some shipped files."""
+    served = tmp_path / "served"
+    for name in ("checkpoints/camus/classifier", "checkpoints/phantom", "results/phantom"):
+        shutil.copytree(assets.root() / "data" / name, served / name)
+    handler = partial(Quiet, directory=served)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(assets, "_checkout", lambda: None)
+        monkeypatch.setenv("DIFFECHO_DATA_URL", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setenv("DIFFECHO_CACHE", str(tmp_path / "cache"))
+        monkeypatch.chdir(tmp_path)
+        yield served
+        server.shutdown()
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+    def copyfile(self, source, outputfile):
+        """Sends half of a file that has a note `<name>.half` beside it."""
+        content = source.read()
+        if Path(f"{source.name}.half").exists():
+            content = content[: len(content) // 2]
+        outputfile.write(content)
+
+
+def kept(tmp_path):
+    return [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+
+
+def test_checkpoint_is_fetched_once_and_loads(away, tmp_path):
+    folder = assets.checkpoint("camus", "classifier")
+    assert folder == tmp_path / "cache" / "checkpoints" / "camus" / "classifier"
+    models.load_network(folder)
+    shutil.rmtree(away)
+    assert assets.checkpoint("camus", "classifier") == folder, "not asked for again"
+    assert assets.workspace() == tmp_path / "_build"
+    with pytest.raises(DiffEchoError, match="no checkout"):
+        assets.root()
+
+
+def test_checkpoint_comes_with_what_it_builds_on(away, tmp_path):
+    assert models.load_generator(assets.checkpoint("phantom", "text-seg"))
+    there = {path.name for path in (tmp_path / "cache" / "checkpoints" / "phantom").iterdir()}
+    assert there == {"autoencoder", "clip", "text", "text-seg"}
+
+
+def test_file_changed_in_the_cache_is_fetched_again(away):
+    path = assets.record("phantom", "cpu", "checkpoints")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:100])
+    assert assets.record("phantom", "cpu", "checkpoints").read_bytes() == whole
+
+
+WEIGHTS = "checkpoints/camus/classifier/diffusion_pytorch_model.safetensors"
+
+
+@pytest.mark.parametrize("slip", ["damaged", "half sent", "missing"])
+def test_bad_file_is_said_and_not_kept(away, tmp_path, slip):
+    path = away / WEIGHTS
+    if slip == "damaged":
+        content = bytearray(path.read_bytes())
+        content[1000] ^= 1
+        path.write_bytes(content)
+    elif slip == "half sent":
+        path.with_name(f"{path.name}.half").touch()
+    else:
+        path.unlink()
+    said = "damaged" if slip == "damaged" else "not fetched"
+    with pytest.raises(DiffEchoError, match=f"{path.name}: .*{said}.*nothing was kept. Try again"):
+        assets.checkpoint("camus", "classifier")
+    assert path.name not in [p.name for p in kept(tmp_path)]
+    assert not [p for p in kept(tmp_path) if "tmp" in p.name], "no half file"
+
+
+def test_unreachable_server_is_said(away, monkeypatch):
+    monkeypatch.setenv("DIFFECHO_DATA_URL", "http://127.0.0.1:9")
+    with pytest.raises(DiffEchoError, match="http://127.0.0.1:9/.*not fetched"):
+        assets.record("phantom", "cpu", "checkpoints")
+
+
+def test_what_is_not_shipped_is_said(away):
+    with pytest.raises(DiffEchoError, match=r"checkpoints/camus/video: not shipped.*'autoencoder'"):
+        assets.checkpoint("camus", "video")
+
+
+def test_registry_lists_what_is_tracked(tmp_path):
+    root = assets.root()
+    assets.write_registry(root / "data", tmp_path / "registry.txt")
+    fresh = (tmp_path / "registry.txt").read_text()
+    advice = "run `python -m diffecho_utils.assets`"
+    assert assets.REGISTRY.read_text() == fresh, advice
+    git = ["git", "-C", str(root), "ls-files", "data"]
+    tracked = subprocess.run(git, capture_output=True, text=True).stdout.split()
+    if tracked:  # a checkout with git
+        listed = {f"data/{line.split()[0]}" for line in fresh.splitlines()}
+        assert listed == set(tracked)

@@ -1,0 +1,223 @@
+"""The built pages in a real browser: what loads, what is seen, where links and buttons lead."""
+
+import gzip
+import re
+import shutil
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from io import BytesIO
+from urllib.parse import unquote, urldefrag, urlsplit
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from diffecho_utils import assets, book
+
+MEGABYTES = 2.0  # of a page with all that it loads, text compressed as servers of static pages do
+SECONDS = 2.0  # until a page is there, from a server on this machine
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    path = next(filter(None, map(shutil.which, book.BROWSERS)), None)
+    if path is None:
+        pytest.skip(
+            f"no browser among {', '.join(book.BROWSERS)}; install one to test the pages in it"
+        )
+    with playwright.sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def site(built):
+    """Address of a server of the built pages."""
+    handler = partial(Quiet, directory=built / "html")
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+
+
+class Visit:
+    """What happened while a page was loaded, and what is on it."""
+
+    def __init__(self, page, address):
+        self.errors, self.failed, self.images, self.bytes = [], [], {}, 0
+        page.on("pageerror", lambda error: self.errors.append(str(error)))
+        page.on("console", lambda m: self.errors.append(m.text) if m.type == "error" else None)
+        page.on("requestfailed", lambda request: self.failed.append(request.url))
+        page.on("response", self.note)
+        page.goto(address, wait_until="networkidle")
+        page.evaluate("document.querySelectorAll('img').forEach(i => { i.loading = 'eager' })")
+        page.wait_for_load_state("networkidle")
+        page.wait_for_function("[...document.images].every(image => image.complete)")
+        self.ready = page.evaluate(
+            "performance.getEntriesByType('navigation')[0].domContentLoadedEventEnd"
+        )
+        self.text = page.inner_text("main")
+        self.links = page.evaluate("[...document.querySelectorAll('a[href]')].map(a => a.href)")
+        self.anchors = set(
+            page.evaluate(
+                "[...document.querySelectorAll('[id], a[name]')].map(e => e.id || e.name)"
+            )
+        )
+        self.pictures = page.evaluate(
+            "[...document.querySelectorAll('.bd-article img')].map(i => [i.currentSrc, i.alt, i.naturalWidth,"
+            " i.checkVisibility() || i.closest('details') !== null])"
+        )
+
+    def note(self, response):
+        if response.status >= 400:
+            self.failed.append(f"{response.status} {response.url}")
+            return
+        body = response.body() if response.status == 200 else b""
+        kind = response.headers.get("content-type", "")
+        self.bytes += len(
+            gzip.compress(body) if re.search("text|javascript|json|svg", kind) else body
+        )
+        if kind.startswith("image/"):
+            self.images[response.url] = body
+
+
+@pytest.fixture(scope="module")
+def visits(browser, site, built):
+    """{page: its visit}, of all pages of the table of contents."""
+    pages = [p.relative_to(built / "html").as_posix() for p in (built / "html").rglob("*.html")]
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    found = {}
+    for name in sorted(pages):
+        if name != "index.html" and not name.startswith("_"):
+            page = context.new_page()
+            found[name] = Visit(page, site + name)
+            page.close()
+    context.close()
+    return found
+
+
+def test_every_page_loads_without_error_from_this_server_alone(visits, site):
+    listed = str(yaml.safe_load((assets.root() / "_toc.yml").read_text()))
+    assert len(visits) > 20
+    for name, visit in visits.items():
+        assert not visit.errors and not visit.failed, (name, visit.errors, visit.failed)
+        assert "Traceback (most recent call last)" not in visit.text, name
+        assert name.removesuffix(".html") in listed or name in ("genindex.html", "search.html")
+        assert all(url.startswith((site, "data:")) for url in visit.images), name
+
+
+def test_every_picture_is_there_and_not_blank(visits):
+    shown = 0
+    for name, visit in visits.items():
+        for source, alt, width, visible in visit.pictures:
+            assert width > 0 and visible and alt, (name, source, alt)
+            if source in visit.images and not source.endswith(".svg"):
+                picture = np.asarray(Image.open(BytesIO(visit.images[source])).convert("L"))
+                assert picture.std() > 1, (name, alt)
+                shown += 1
+    assert shown > 100
+
+
+def test_links_and_anchors_within_the_book_resolve(visits, site):
+    for name, visit in visits.items():
+        for link in visit.links:
+            if link.startswith(site):
+                target, anchor = urldefrag(link.removeprefix(site))
+                target = urlsplit(target).path
+                if target.endswith(".html") and target != "index.html":
+                    assert target in visits, (name, link)
+                    assert not anchor or unquote(anchor) in visits[target].anchors, (name, link)
+
+
+def test_pages_are_light_and_quick(visits):
+    heavy = {n: f"{v.bytes / 1e6:.2f} MB" for n, v in visits.items() if v.bytes > 1e6 * MEGABYTES}
+    slow = {n: f"{v.ready:.0f} ms" for n, v in visits.items() if v.ready > 1e3 * SECONDS}
+    assert not heavy and not slow
+
+
+def test_launch_buttons_open_the_notebook_of_their_page(visits):
+    chapters = [name for name in visits if name.startswith("notebooks/")]
+    assert len(chapters) >= 11
+    for name in chapters:
+        notebook = name.replace(".html", ".ipynb")
+        launch = [link for link in visits[name].links if "colab." in link or "mybinder." in link]
+        assert len(launch) == 2 and all(unquote(link).endswith(notebook) for link in launch), launch
+
+
+def test_search_finds(browser, site):
+    page = browser.new_page()
+    page.goto(site + "search.html?q=ControlNet")
+    page.wait_for_selector("#search-results li a")
+    found = page.eval_on_selector_all("#search-results li a", "links => links.map(a => a.href)")
+    assert any("05_text_and_segmentation_guided" in link for link in found)
+    page.close()
+
+
+def luminance(colour):
+    """Relative luminance of "rgb(r, g, b)" (WCAG 2.1)."""
+    parts = np.array([float(x) for x in colour.strip("rgba()").split(",")[:3]]) / 255
+    linear = np.where(parts <= 0.03928, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
+    return linear @ [0.2126, 0.7152, 0.0722]
+
+
+def test_dark_theme_switches_and_is_legible(browser, site):
+    page = browser.new_page()
+    page.goto(site + "notebooks/03_unconditional.html")
+    shades = {}
+    for _ in range(4):
+        theme = page.evaluate("document.documentElement.dataset.theme")
+        text, ground = page.evaluate(
+            "[getComputedStyle(document.querySelector('main p')).color,"
+            " getComputedStyle(document.body).backgroundColor]"
+        )
+        shades[theme] = luminance(text), luminance(ground)
+        page.locator(".theme-switch-button").first.click()
+    assert set(shades) == {"light", "dark"}
+    assert shades["dark"][0] > shades["dark"][1] and shades["light"][0] < shades["light"][1]
+    for pair in shades.values():
+        assert (max(pair) + 0.05) / (min(pair) + 0.05) > 4.5
+    page.close()
+
+
+def test_narrow_screen_has_no_sideways_scroll(browser, site, visits):
+    context = browser.new_context(viewport={"width": 390, "height": 844}, is_mobile=True)
+    wide = {}
+    for name in visits:
+        page = context.new_page()
+        page.goto(site + name)
+        beyond = page.evaluate(
+            "document.scrollingElement.scrollWidth - document.documentElement.clientWidth"
+        )
+        if beyond > 1:
+            wide[name] = beyond
+        page.close()
+    context.close()
+    assert not wide
+
+
+def test_terms_show_their_definition(browser, site):
+    page = browser.new_page()
+    page.goto(site + "book/intro.html")
+    title = page.get_attribute("a.reference:has(.std-term)", "title")
+    assert title.startswith("What the encoder makes of an image")
+    page.close()
+
+
+def test_pages_are_printed_into_one_file(browser, built, tmp_path):
+    pypdf = pytest.importorskip("pypdf", reason="pypdf is not installed")
+    names = ["book/intro", "notebooks/11_claims"]
+    path = book.print_pages(built / "html", tmp_path / "book.pdf", names)
+    printed = pypdf.PdfReader(path)
+    assert len(printed.outline) == 2 and len(printed.pages) > 10
+    text = "".join(page.extract_text() for page in printed.pages)
+    assert "Vision-language diffusion" in text and "margin" in text
+    assert sum(len(page.images) for page in printed.pages) > 3
