@@ -59,7 +59,8 @@ def explore(draw, caption, source, **dials):
         ]
         images, masks, titles = zip(*map(figure_of, positions), strict=True)
         masks = None if masks[0] is None else np.concatenate(masks)
-        figure = frames(np.concatenate(images), sum(titles, []), masks, min(len(positions), 6))
+        columns = min(len(positions), 6) if len(dials) == 1 else len(list(dials.values())[-1])
+        figure = frames(np.concatenate(images), sum(titles, []), masks, columns)
         show(figure, f"{caption} In the notebook, sliders set these values.", source)
         return
     import ipywidgets
