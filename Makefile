@@ -30,7 +30,7 @@ course: $(INSTALLED)
 	$(BIN)/python -m diffecho_utils course
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadgroup
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/phantom_speed.py

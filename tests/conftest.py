@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
-from diffecho_utils import book, camus, data, phantom, profiles, results
+from diffecho_utils import assets, book, camus, data, phantom, profiles, results
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "camus"
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
@@ -18,15 +19,10 @@ if WORKERS > 1:
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # of what the tests start
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
-    """With several workers each file stays on one of them, and so do those that need the whole book."""
-    together = ("test_notebooks", "test_pages")
-    for item in items:
-        name = "book" if item.path.stem in together else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(name))
-    first = (*together, "test_colab")  # the longest
-    items.sort(key=lambda item: item.path.stem not in first)
+    """For several workers: the files that take longest first, the pages once the book is there."""
+    order = {"test_notebooks": 0, "test_colab": 1, "test_pages": 3}
+    items.sort(key=lambda item: order.get(item.path.stem, 2))
 
 
 @pytest.fixture(scope="session")
@@ -51,9 +47,16 @@ def real_root():
 
 @pytest.fixture(scope="session")
 def built():
-    """Folder of the whole book, made at smoke size from the real frames, or the phantom where there are none."""
-    root = REAL if REAL.is_dir() else None
-    return book.build(root, "smoke", force=True).parent.parent
+    """Folder of the whole book, made once at smoke size from the real frames, or the phantom without them."""
+    note = assets.workspace() / "built-by-tests"  # which run of the tests, and where
+    run = os.environ.get("PYTEST_XDIST_TESTRUNUID", "")
+    with FileLock(note.with_suffix(".lock")):
+        if run and note.exists() and note.read_text().startswith(run):
+            return Path(note.read_text().removeprefix(run))  # by another worker
+        root = REAL if REAL.is_dir() else None
+        folder = book.build(root, "smoke", force=True).parent.parent
+        note.write_text(f"{run}{folder}")
+    return folder
 
 
 @pytest.fixture(scope="session")
