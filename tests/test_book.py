@@ -4,6 +4,7 @@ import ast
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -64,6 +65,8 @@ def project(tmp_path):
     (root / "book").mkdir()
     (root / "book" / "intro.md").write_text("# Start\n\n[first](../notebooks/01_first.ipynb)\n")
     (root / "_config.yml").write_text((ROOT / "_config.yml").read_text())
+    for name in ("_ext", "_static", "images"):  # what the settings name
+        shutil.copytree(ROOT / "book" / name, root / "book" / name)
     (root / "book" / "references.bib").write_text("")
     (root / "_toc.yml").write_text(
         "format: jb-book\nroot: book/intro\nparts:\n- caption: Chapters\n  numbered: true\n"
