@@ -1,7 +1,11 @@
 """Fixtures shared by the tests: a tiny phantom, a breakable copy of it, and the real frames if given."""
 
+import contextlib
+import functools
 import os
 import shutil
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -23,6 +27,28 @@ def pytest_collection_modifyitems(items):
     """For several workers: the files that take longest first, the pages once the book is there."""
     order = {"test_notebooks": 0, "test_colab": 1, "test_pages": 3}
     items.sort(key=lambda item: order.get(item.path.stem, 2))
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    """Serves the files of a folder and says nothing."""
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture(scope="session")
+def serve():
+    """`with serve(folder) as address`: a loopback server of its files."""
+
+    @contextlib.contextmanager
+    def serve(folder, handler=Quiet):
+        made = functools.partial(handler, directory=folder)
+        with ThreadingHTTPServer(("127.0.0.1", 0), made) as server:
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            yield f"http://127.0.0.1:{server.server_port}"
+            server.shutdown()
+
+    return serve
 
 
 @pytest.fixture(scope="session")

@@ -2,9 +2,7 @@
 
 import shutil
 import subprocess
-import threading
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import SimpleHTTPRequestHandler
 from pathlib import Path
 
 import pytest
@@ -13,23 +11,20 @@ from diffecho_utils import DiffEchoError, assets, models
 
 
 @pytest.fixture
-def away(tmp_path, monkeypatch):
+def away(tmp_path, monkeypatch, serve):
     """As without a checkout; returns the folder that a loopback server serves, a copy of some shipped files."""
     served = tmp_path / "served"
     for name in ("checkpoints/camus/classifier", "checkpoints/phantom", "results/phantom"):
         shutil.copytree(assets.root() / "data" / name, served / name)
-    handler = partial(Quiet, directory=served)
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+    with serve(served, Halving) as address:
         monkeypatch.setattr(assets, "_checkout", lambda: None)
-        monkeypatch.setenv("DIFFECHO_DATA_URL", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setenv("DIFFECHO_DATA_URL", address)
         monkeypatch.setenv("DIFFECHO_CACHE", str(tmp_path / "cache"))
         monkeypatch.chdir(tmp_path)
         yield served
-        server.shutdown()
 
 
-class Quiet(SimpleHTTPRequestHandler):
+class Halving(SimpleHTTPRequestHandler):
     def log_message(self, *_):
         pass
 

@@ -4,9 +4,6 @@ import os
 import subprocess
 import sys
 import sysconfig
-import threading
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import nbformat
@@ -18,19 +15,11 @@ ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
-class Quiet(SimpleHTTPRequestHandler):
-    def log_message(self, *_):
-        pass
-
-
 @pytest.fixture(scope="module")
-def served():
+def served(serve):
     """Address of a server of the checkout's data/, in place of the repository's."""
-    handler = partial(Quiet, directory=ROOT / "data")
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
+    with serve(ROOT / "data") as address:
+        yield address
 
 
 @pytest.fixture(scope="module")

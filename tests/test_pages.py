@@ -3,11 +3,8 @@
 import gzip
 import re
 import shutil
-import threading
 import unicodedata
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from urllib.parse import unquote, urldefrag, urlsplit
 
@@ -20,11 +17,6 @@ from diffecho_utils import assets, book
 
 MEGABYTES = 2.0  # of a page with all that it loads, text compressed as servers of static pages do
 SECONDS = 2.0  # until a page is there, from a server on this machine
-
-
-class Quiet(SimpleHTTPRequestHandler):
-    def log_message(self, *_):
-        pass
 
 
 @pytest.fixture(scope="module")
@@ -42,13 +34,10 @@ def browser():
 
 
 @pytest.fixture(scope="module")
-def site(built):
+def site(built, serve):
     """Address of a server of the built pages."""
-    handler = partial(Quiet, directory=built / "html")
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}/"
-        server.shutdown()
+    with serve(built / "html") as address:
+        yield f"{address}/"
 
 
 class Visit:
