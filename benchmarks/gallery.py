@@ -23,8 +23,8 @@ def main():
     rows = rows.sort_values(["view", "phase", "patient"])
     # Stretched to a square, as the frames were that the generators learned from.
     frames = data.load_frames(rows, profile.side, keep_aspect=False)
-    pictures = [frames.images]
-    titles = [f"{camus.CLASS_NAMES[c]}, phantom" for c in frames.classes]
+    pictures, names = [frames.images], ["phantom"]
+    titles = [camus.CLASS_NAMES[c] for c in frames.classes]
     for model, name in GENERATORS.items():
         folder = assets.root() / "data" / "checkpoints" / "camus" / model
         if folder.is_dir():
@@ -32,10 +32,14 @@ def main():
             generator = models.load_generator(folder)
             dials = {"guidance": generator.guidance} | sampling.told(model, frames)
             pictures.append(sampling.sample(generator, seeds, profile.sampling_steps, **dials))
-            titles += [f"{name}, seed {seed}" for seed in seeds]
+            names.append(name)
+            titles += [f"seed {seed}" for seed in seeds]
     empty = torch.zeros(sum(map(len, pictures[1:])), *frames.masks.shape[1:])
     masks = torch.cat([frames.masks, empty])
     figure = plots.frames(torch.cat(pictures), titles, masks=masks, columns=len(frames), width=1.3)
+    beside = {"rotation": 90, "ha": "right", "va": "center", "fontsize": 10}
+    for axis, name in zip(figure.axes[:: len(frames)], names, strict=True):
+        axis.text(-0.06, 0.5, name, transform=axis.transAxes, **beside)
     path = assets.root() / "book" / "images" / "gallery.png"
     figure.savefig(path, dpi=100)
     few = Image.open(path).convert("RGB").quantize(256, dither=Image.Dither.NONE)

@@ -268,8 +268,8 @@ def begin(name, data_root):
     table = camus.read_table(data_root or phantom_folder(profile))
     world, patients = table.attrs["world"], table.patient.nunique()
     print(
-        f"profile {profile.name} ({profile.side} px{'' if name else ', chosen for this machine'}) on "
-        f"{results.hardware()}; data: {world}, {patients} patients"
+        f"profile {profile.name}, {profile.side} px{'' if name else ' (chosen for this machine)'}\n"
+        f"data: {world}, {patients} patients\nmachine: {results.hardware()}"
     )
     return profile, table
 

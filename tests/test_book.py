@@ -380,3 +380,13 @@ def test_requirements_are_pinned_and_cover_the_package():
     del optional["pretrained"]  # the book's own pages do without torchvision
     wanted = project["dependencies"] + sum(optional.values(), [])
     assert {re.split("[<>=]", line)[0].lower() for line in wanted} <= pinned
+
+
+def test_containers_install_what_the_makefile_installs():
+    container = json.loads((ROOT / ".devcontainer" / "devcontainer.json").read_text())
+    command = f"{container['postCreateCommand']} --always-make --dry-run"
+    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--requirement requirements.txt" in done.stdout
+    included = re.findall(r"^-r (\S+)$", (ROOT / ".binder/requirements.txt").read_text(), re.M)
+    assert [(ROOT / ".binder" / name).resolve() for name in included] == [ROOT / "requirements.txt"]
