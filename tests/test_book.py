@@ -382,6 +382,17 @@ def test_requirements_are_pinned_and_cover_the_package():
     assert {re.split("[<>=]", line)[0].lower() for line in wanted} <= pinned
 
 
+def test_bounds_are_the_versions_that_were_tested():
+    lines = (ROOT / "tests" / "lowest.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if not line.startswith("#"))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    bounds = dict(line.split(">=") for line in project["dependencies"])
+    del bounds["torch"]
+    assert set(bounds) <= set(pins)
+    for name, bound in bounds.items():
+        assert pins[name].split(".")[: bound.count(".") + 1] == bound.split("."), name
+
+
 def test_containers_install_what_the_makefile_installs():
     container = json.loads((ROOT / ".devcontainer" / "devcontainer.json").read_text())
     command = f"{container['postCreateCommand']} --always-make --dry-run"
