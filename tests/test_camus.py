@@ -157,7 +157,9 @@ def test_check_lists_all_damage_at_once(broken_root):
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"no gzip", gzip.compress(bytes(348)), gzip.compress(b"x")]
+    "content",
+    [b"", b"no gzip", gzip.compress(bytes(348), mtime=0), gzip.compress(b"x", mtime=0)],
+    ids=["empty", "no gzip", "header only", "one byte"],
 )
 def test_what_is_no_nifti_is_named_by_the_table(content, broken_root):
     path = camus.frame_path(broken_root, "patient0001", "2CH", "ED")
