@@ -58,6 +58,7 @@ for n in (25, 50, 100):
     ARMS |= {f"{n} patients + sdm": few | {"set": f"sdm-{n}", "share": 100 / n}}
 for name, change in {"real": {}, "real + 1 text-seg": {"set": "text-seg"}}.items():
     ARMS |= {f"{name}, long": change | {"steps": 3000}}
+ARMS["real, twice the steps"] = {"steps": 2000}  # the control of the arms with matched epochs
 
 
 def real_frames(table, profile):

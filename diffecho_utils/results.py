@@ -80,6 +80,12 @@ def pack(folder, path):
     return path
 
 
+def shared(records):
+    """What several records say of their making, as one; where they differ, each entry once."""
+    keys = ("date", "hardware", "command", "commit", "world", "licence", "profile")
+    return {key: ", ".join(sorted({record[key] for record in records})) for key in keys}
+
+
 def describe(record):
     """One line for a caption: "Recorded 2026-11-22 on ..., camus, profile cpu: `command`"."""
     return (

@@ -32,6 +32,17 @@ def test_record_goes_out_and_comes_back(tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ["name.json"]
 
 
+def test_records_of_several_runs_are_told_as_one():
+    first = dict(date="2026-11-22", hardware="a GPU", command="make book", commit="0123abc")
+    first |= dict(world="camus", licence="CC0-1.0", profile="cpu", seeds=[0])
+    second = first | dict(date="2026-11-23", commit="0000abc", seeds=[1])
+    both = results.shared([first, second, first])
+    assert both["commit"] == "0000abc, 0123abc" and both["date"] == "2026-11-22, 2026-11-23"
+    assert both["hardware"] == "a GPU"
+    assert "commit 0000abc, 0123abc: `make book`" in results.describe(both)
+    assert "seeds" not in both
+
+
 def test_unusable_records_are_named(tmp_path):
     with pytest.raises(DiffEchoError, match="no such record"):
         results.load(tmp_path / "none.json")
