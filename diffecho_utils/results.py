@@ -88,9 +88,10 @@ def shared(records):
 
 def describe(record):
     """One line for a caption: "Recorded 2026-11-22 on ..., camus, profile cpu: `command`"."""
+    several = "s" if "," in record["commit"] else ""
     return (
         f"Recorded {record['date']} on {record['hardware']}, {record['world']}, "
-        f"profile {record['profile']}, commit {record['commit']}: `{record['command']}`"
+        f"profile {record['profile']}, commit{several} {record['commit']}: `{record['command']}`"
     )
 
 

@@ -39,7 +39,7 @@ def test_records_of_several_runs_are_told_as_one():
     both = results.shared([first, second, first])
     assert both["commit"] == "0000abc, 0123abc" and both["date"] == "2026-11-22, 2026-11-23"
     assert both["hardware"] == "a GPU"
-    assert "commit 0000abc, 0123abc: `make book`" in results.describe(both)
+    assert "commits 0000abc, 0123abc: `make book`" in results.describe(both)
     assert "seeds" not in both
 
 
