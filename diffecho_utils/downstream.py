@@ -456,6 +456,11 @@ def read_runs(source):
     return runs, skipped
 
 
+def made(runs):
+    """One line for a caption: where, when and with which commits runs of `read_runs` were made."""
+    return results.describe(results.shared([run["record"] for run in runs]))
+
+
 def summary(runs):
     """One row an arm: mean over its runs and, as <name>_sd, their deviation; runs have an "arm".
 

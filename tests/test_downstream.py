@@ -153,6 +153,9 @@ def test_runs_of_another_version_are_named_and_left_out(tmp_path):
         runs, skipped = downstream.read_runs(source)
         assert [run["seed"] for run in runs] == [0, 0, 7] and len(skipped) == 2
         assert runs[0]["record"]["name"] == "mine"
+        assert "phantom, profile smoke, " in downstream.made(runs) and "`x`" in downstream.made(
+            runs
+        )
         assert any("old.json: version 0" in line for line in skipped)
         assert any("broken.json" in line for line in skipped)
     again = results.pack(folder, tmp_path / "again.zip")
