@@ -3,6 +3,7 @@
 Every chapter. Functions return a matplotlib Figure; `show` displays it with its caption.
 """
 
+import io
 import itertools
 import os
 
@@ -75,13 +76,22 @@ def explore(draw, caption, source, **dials):
         for name, values in dials.items()
     }
 
-    def redraw(**position):
-        images, masks, titles = figure_of(position)
-        figure = frames(images, titles, masks, width=2.4)
-        display(figure)
-        plt.close(figure)
+    # An Image, not interactive_output: an Output widget's messages can cross the reply of its cell,
+    # which then never ends where no browser listens, as under papermill.
+    picture = ipywidgets.Image(format="png")
 
-    display(*sliders.values(), ipywidgets.interactive_output(redraw, sliders))
+    def redraw(_=None):
+        images, masks, titles = figure_of({name: dial.value for name, dial in sliders.items()})
+        figure = frames(images, titles, masks, width=2.4)
+        drawn = io.BytesIO()
+        figure.savefig(drawn, format="png", bbox_inches="tight")
+        plt.close(figure)
+        picture.value = drawn.getvalue()
+
+    for slider in sliders.values():
+        slider.observe(redraw, names="value")
+    redraw()
+    display(*sliders.values(), picture)
     display(Markdown(f"**Figure.** {caption} *{source}.*"))
 
 

@@ -55,7 +55,9 @@ def colab(tmp_path_factory, python, served):
 
     def run(*command):
         command = [python, *command]
-        return subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True)
+        return subprocess.run(
+            command, cwd=place, env=environment, capture_output=True, text=True, timeout=900
+        )
 
     return run
 

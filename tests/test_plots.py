@@ -72,8 +72,12 @@ def test_sliders_in_a_notebook_and_all_their_positions_on_a_page(monkeypatch, ca
     plots.explore(draw, "A square.", "Live", size=(1, 2, 3), tilt=(0, 10))
     sliders = [thing for thing in shown if hasattr(thing, "options")]
     assert [slider.value for slider in sliders] == [2, 10] and asked == [(2, 10)]
+    picture = shown[2]
+    first = bytes(picture.value)
+    assert first.startswith(b"\x89PNG")
     sliders[0].value = 3
     assert asked[-1] == (3, 10), "a moved slider draws again"
+    assert bytes(picture.value).startswith(b"\x89PNG") and picture.value != first
     monkeypatch.setenv("DIFFECHO_PAGES", "1")
     asked.clear()
     shown.clear()
