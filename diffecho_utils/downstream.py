@@ -475,6 +475,21 @@ def summary(runs):
     return found.assign(runs=groups.size())
 
 
+def over_seeds(arms, names, value):
+    """{arm: (mean, lowest, highest)} of value(run) over the runs of each named arm.
+
+    `arms`: {arm: its runs}; of chapters 09 and 10, for `plots.intervals`.
+    """
+    found = {name: [value(run) for run in arms[name]] for name in names}
+    return {name: (np.mean(v), min(v), max(v)) for name, v in found.items()}
+
+
+def told_apart(interval):
+    """ "better", "worse" or "not told apart": where (difference, low, high) lies beside zero."""
+    _, low, high = interval
+    return "better" if low > 0 else "worse" if high < 0 else "not told apart"
+
+
 def _plan(recipe, changes, steps, points):
     """(recipe with its changes and this many steps, the steps at which its curve has a point)."""
     chosen = replace(recipe, **changes)

@@ -169,6 +169,16 @@ def test_runs_of_another_version_are_named_and_left_out(tmp_path):
         results.pack(tmp_path / "nothing", tmp_path / "x.zip")
 
 
+def test_seeds_as_a_mean_with_its_ends_and_intervals_in_words():
+    arms = {"real": [{"x": 0.5}, {"x": 0.9}, {"x": 0.7}], "alone": [{"x": 0.2}]}
+    found = downstream.over_seeds(arms, ["real", "alone"], lambda run: run["x"])
+    assert found["real"] == pytest.approx((0.7, 0.5, 0.9))
+    assert found["alone"] == (0.2, 0.2, 0.2)
+    intervals = (0.1, 0.02, 0.2), (-0.1, -0.2, -0.02), (0.1, -0.1, 0.3), (0.1, 0.0, 0.2)
+    words = [downstream.told_apart(interval) for interval in intervals]
+    assert words == ["better", "worse", "not told apart", "not told apart"]
+
+
 def test_patients_on_both_sides_and_missing_classes_are_refused(phantom_root):
     table = camus.read_table(phantom_root)
     training, validation = (camus.select(table, split) for split in ("training", "validation"))
