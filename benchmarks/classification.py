@@ -81,7 +81,7 @@ def main():
     parser.add_argument("--sets", type=Path, help="folder of the synthetic sets")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="NAME")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--large-seeds", type=int, default=1, help="of the paper's networks")
+    parser.add_argument("--large-seeds", type=int, default=3, help="of the paper's networks")
     parser.add_argument("--out", type=Path, help="default: _build/runs/classification")
     parser.add_argument("--steps", type=int, help="of every arm, for a trial; not for a record")
     parser.add_argument("--pack", action="store_true", help="only collect the runs that are there")
