@@ -434,7 +434,7 @@ def read_runs(source):
         try:
             with zipfile.ZipFile(source) as archive:
                 texts = {f"{source}/{name}": archive.read(name) for name in archive.namelist()}
-        except zipfile.BadZipFile as error:
+        except (zipfile.BadZipFile, OSError, EOFError) as error:
             raise DiffEchoError(
                 f"{source}: damaged ({error}); restore the file from the repository"
             ) from None

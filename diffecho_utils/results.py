@@ -71,11 +71,9 @@ def pack(folder, path):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
-    with zipfile.ZipFile(beside, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
+    with zipfile.ZipFile(beside, "w", zipfile.ZIP_BZIP2, compresslevel=9) as archive:
         for record in records:
-            archive.writestr(
-                zipfile.ZipInfo(record.name), record.read_bytes(), zipfile.ZIP_DEFLATED
-            )
+            archive.writestr(zipfile.ZipInfo(record.name), record.read_bytes(), zipfile.ZIP_BZIP2)
     os.replace(beside, path)
     return path
 

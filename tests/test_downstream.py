@@ -160,6 +160,11 @@ def test_runs_of_another_version_are_named_and_left_out(tmp_path):
         assert any("broken.json" in line for line in skipped)
     again = results.pack(folder, tmp_path / "again.zip")
     assert again.read_bytes() == packed.read_bytes()
+    bent = bytearray(packed.read_bytes())
+    bent[bent.index(b"BZh") + 20] ^= 255
+    again.write_bytes(bent)
+    with pytest.raises(DiffEchoError, match="damaged"):
+        downstream.read_runs(again)
     packed.write_bytes(packed.read_bytes()[:-30])
     with pytest.raises(DiffEchoError, match="damaged"):
         downstream.read_runs(packed)
