@@ -2,6 +2,7 @@
 PYTHON ?= python3
 PROFILE ?= cpu
 DATA ?=
+REVISION ?=
 PIP_ARGS ?=
 
 BIN := .venv/bin
@@ -13,7 +14,8 @@ INSTALLED := .venv/.installed
 help:
 	@echo "make book       execute the chapters and build the pages (DATA=folder, PROFILE=smoke|cpu|gpu|paper)"
 	@echo "make pdf        the same, and the pages printed into one PDF file (needs Chromium or Chrome)"
-	@echo "make course     write student and teacher copies of the chapters to _build/course"
+	@echo "make course     write student and teacher copies of the chapters to _build/course; they install this"
+	@echo "                commit of the package (REVISION=v0.1.0: that one)"
 	@echo "make test       run the tests"
 	@echo "make bench      time the phantom and the training loop against the usual shape"
 	@echo "make lab        open the chapters in JupyterLab"
@@ -27,7 +29,7 @@ pdf: $(INSTALLED)
 	$(BIN)/python -m diffecho_utils book --pdf --profile "$(PROFILE)" $(if $(DATA),--data "$(DATA)")
 
 course: $(INSTALLED)
-	$(BIN)/python -m diffecho_utils course
+	$(BIN)/python -m diffecho_utils course $(if $(REVISION),--revision "$(REVISION)")
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile

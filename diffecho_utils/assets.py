@@ -2,8 +2,8 @@
 
 Every chapter. In a checkout the shipped files lie under `data/`, and what a run makes goes to `_build/`.
 Where the package is installed without one (Colab), pooch fetches a shipped file when it is first asked
-for, from the repository's address, and checks it against the SHA-256 in `registry.txt`. After a change under
-`data/`, `python -m diffecho_utils.assets` writes the registry anew.
+for, from the commit that the package is of, and checks it against the SHA-256 in `registry.txt`. After a
+change under `data/`, `python -m diffecho_utils.assets` writes the registry anew.
 """
 
 import hashlib
@@ -14,9 +14,8 @@ from pathlib import Path
 
 import pooch
 
-from diffecho_utils import DiffEchoError
+from diffecho_utils import DiffEchoError, __version__, results
 
-ADDRESS = "https://raw.githubusercontent.com/diffecho-book/diffecho-book/main/data/"
 REGISTRY = Path(__file__).with_name("registry.txt")  # lines "path sha256"
 
 
@@ -79,6 +78,16 @@ def shipped(relative):
     )
 
 
+def address():
+    """Where the shipped files lie: $DIFFECHO_DATA_URL, or this package's commit in the repository.
+
+    Of a package that does not know its commit: the tag of its version.
+    """
+    commit = (results.revision() or f"v{__version__}").rstrip("+")
+    there = f"https://raw.githubusercontent.com/diffecho-book/diffecho-book/{commit}/data/"
+    return os.environ.get("DIFFECHO_DATA_URL", there)
+
+
 def _checkout():
     here = Path(__file__).resolve().parent.parent
     candidates = [here, Path.cwd(), *Path.cwd().parents]
@@ -91,11 +100,10 @@ def _checkout():
 
 
 def _fetched(relative):
-    """The file or folder in pooch's cache, from $DIFFECHO_DATA_URL or the repository's address."""
-    address = os.environ.get("DIFFECHO_DATA_URL", ADDRESS)
+    """The file or folder in pooch's cache, from `address`."""
     store = pooch.create(
         path=pooch.os_cache("diffecho"),
-        base_url=address.rstrip("/") + "/",
+        base_url=address().rstrip("/") + "/",
         env="DIFFECHO_CACHE",
         retry_if_failed=2,
     )
@@ -142,9 +150,7 @@ def write_registry(folder, path=REGISTRY):
         f"{p.relative_to(folder).as_posix()} {hashlib.sha256(p.read_bytes()).hexdigest()}\n"
         for p in files
     ]
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text("".join(lines))
-    os.replace(beside, path)
+    results.write_text(path, "".join(lines))
 
 
 if __name__ == "__main__":

@@ -14,13 +14,10 @@ everything else that is made goes to
 """
 
 import ast
-import contextlib
 import datetime
 import hashlib
 import io
 import json
-import multiprocessing
-import multiprocessing.connection
 import os
 import re
 import shutil
@@ -29,6 +26,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,7 +36,6 @@ try:
     import nbformat
     import papermill
     import yaml
-    from IPython.core.inputtransformer2 import TransformerManager
 except ModuleNotFoundError as error:
     raise DiffEchoError(
         f"{error.name}: not installed, and the book needs it; run `pip install -r requirements.txt`"
@@ -56,8 +53,8 @@ def build(data, profile, *, chapters=None, record=False, force=False, jobs=1, ro
     force: execute even what did not change. jobs: so many chapters at the same time, which share
     the processor's cores between them. root: the checkout, found by default.
 
-    A chapter is executed again when its code, a package module it imports, its parameters, the
-    data, the shipped files or the pinned requirements changed; new prose needs no execution.
+    A chapter is executed again when its code, the package, the profile, the data, the shipped files
+    or the pinned requirements changed; new prose needs no execution, nor does a checkout that moved.
     Raises DiffEchoError for unusable data, for a parameter that a chapter does not declare, for a
     chapter that raises, and for pages with warnings; the last good pages then stay as they were.
     """
@@ -73,8 +70,8 @@ def build(data, profile, *, chapters=None, record=False, force=False, jobs=1, ro
         "profile_name": profile,
         "results_dir": str(shipped if record else base / "results"),
     }
-    inputs = _inputs(root, data, shipped if record else None)
-    plan = [_plan(root, path, base, parameters, inputs) for path in notebooks]
+    inputs = _inputs(root, data, shipped if record else None) | {"profile": profile}
+    plan = [_plan(path, base, parameters, inputs) for path in notebooks]
 
     print(f"book: world {world}, profile {profile}, data {data}", flush=True)
     _copy_pages(root, base)
@@ -88,8 +85,8 @@ def build(data, profile, *, chapters=None, record=False, force=False, jobs=1, ro
         else:
             outcomes[chapter.name] = "executed"
             waiting.append(chapter)
-    with _kernel(base / "jupyter", root, jobs):
-        _execute_all(waiting, jobs, base, parameters, world)
+    _write_kernel(base / "jupyter", root, jobs)
+    _execute_all(waiting, jobs, base, parameters, world)
 
     timings = {c.name: _execution(c.executed) for c in plan if c.executed.exists()}
     for timing in timings.values():
@@ -141,11 +138,9 @@ def print_pages(html, out, pages=None):
             printed = PdfReader(io.BytesIO(page.pdf(format="A4", margin=margins, scale=0.8)))
             writer.append(printed, outline_item=page.title().split(" — ")[0])
         browser.close()
-    out = Path(out)
-    beside = out.with_name(f".{out.name}.{os.getpid()}")
-    writer.write(beside)
-    os.replace(beside, out)
-    return out
+    with results.draft(out) as beside:
+        writer.write(beside)
+    return Path(out)
 
 
 @dataclass(frozen=True)
@@ -220,7 +215,7 @@ def _data(data, profile):
     return data
 
 
-def _plan(root, path, base, parameters, inputs):
+def _plan(path, base, parameters, inputs):
     """A chapter checked for its parameters, with the key of everything its execution depends on."""
     notebook = nbformat.read(path, as_version=4)
     missing = sorted(set(parameters) - _declared(notebook, path))
@@ -229,15 +224,9 @@ def _plan(root, path, base, parameters, inputs):
             f"{path}: no parameter {', '.join(missing)} in its cell tagged `parameters`, which has "
             f"{', '.join(sorted(_declared(notebook, path))) or 'none'}; declare it there"
         )
-    modules = _modules(root / "diffecho_utils", path, notebook)
-    key = {
-        "code": [cell.source for cell in notebook.cells if cell.cell_type == "code"],
-        "modules": {module.name: _digest(module) for module in sorted(modules)},
-        "parameters": parameters,
-        "inputs": inputs,
-    }
-    key = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-    return _Chapter(path, base / "executed" / path.name, key)
+    code = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    key = json.dumps({"code": code} | inputs, sort_keys=True)
+    return _Chapter(path, base / "executed" / path.name, hashlib.sha256(key.encode()).hexdigest())
 
 
 def _declared(notebook, path):
@@ -252,66 +241,36 @@ def _declared(notebook, path):
     return names
 
 
-def _modules(package, path, notebook):
-    """Files of the package that the notebook imports, directly or through one another."""
-    found = set()
-    queue = []
-    for number, cell in enumerate(notebook.cells):
-        if cell.cell_type == "code":
-            try:
-                tree = ast.parse(TransformerManager().transform_cell(cell.source))
-            except SyntaxError as error:
-                raise DiffEchoError(f"{path}: cell {number} is not Python ({error})") from None
-            queue.append((tree, cell.source))
-    while queue:
-        for name in _imports(*queue.pop()):
-            module = package / f"{name}.py"
-            if module.is_file() and module not in found:
-                found.add(module)
-                source = module.read_text()
-                queue.append((ast.parse(source), source))
-    return found
-
-
-def _imports(tree, source):
-    """Names of the package's modules that this source imports; those without a file do no harm."""
-    names = []
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            stem = ".".join(filter(None, ["diffecho_utils" if node.level else "", node.module]))
-            names += [stem] + [f"{stem}.{alias.name}" for alias in node.names]
-    if re.search(r"-m\W+diffecho_utils", source):  # the command line, called from a cell
-        names.append("diffecho_utils.__main__")
-    parts = [name.split(".") for name in names if name.split(".")[0] == "diffecho_utils"]
-    return {part[1] for part in parts if len(part) > 1} | ({"__init__"} if parts else set())
-
-
 def _inputs(root, data, recording):
-    """Fingerprint of what all chapters may read: data, shipped files, pinned packages."""
-    requirements = root / "requirements.txt"
+    """What all chapters may read, without a path or time of this machine: {what: {file: what tells it apart}}.
+
+    Of real data, which are large, size and time stand for the content. recording: the folder that the
+    chapters write records to, or None; those begin with a chapter's number and are no inputs.
+    """
+    shipped = [
+        path
+        for path in _files(root / "data")
+        if path.parent != recording or not re.match(r"\d\d_", path.name)
+    ]
+    package = sorted((root / "diffecho_utils").glob("*.py"))
+    requirements = list(root.glob("requirements.txt"))
+    phantom = camus.world(data) == "phantom"
     return {
-        "data": _listing(data),
-        "shipped": _listing(root / "data", recording),
-        "requirements": _digest(requirements) if requirements.is_file() else None,
+        "package": {path.name: _digest(path) for path in package + requirements},
+        "shipped": {path.relative_to(root).as_posix(): _digest(path) for path in shipped},
+        "data": {
+            path.relative_to(data).as_posix(): _digest(path)
+            if phantom
+            else [path.stat().st_size, path.stat().st_mtime_ns]
+            for path in _files(data)
+        },
+        "recording": recording is not None,
     }
 
 
-def _listing(folder, recording=None):
-    """[relative path, bytes, mtime in ns] of each file, behind links too.
-
-    Without those that the chapters write into `recording`: they begin with a chapter's number.
-    """
-    rows = []
-    for here, _, files in os.walk(folder, followlinks=True):
-        for name in files:
-            if Path(here) == recording and re.match(r"\d\d_", name):
-                continue
-            path = Path(here, name)
-            status = path.stat()
-            rows.append([path.relative_to(folder).as_posix(), status.st_size, status.st_mtime_ns])
-    return sorted(rows)
+def _files(folder):
+    """Paths of the files below a folder, behind links too."""
+    return [Path(at, name) for at, _, names in os.walk(folder, followlinks=True) for name in names]
 
 
 def _digest(path):
@@ -335,109 +294,55 @@ def _unchosen(before, key):
 
 
 def _execute_all(chapters, jobs, base, parameters, world):
-    """Run the chapters, at most `jobs` of them at the same time, each then in a process of its own.
+    """Run the chapters, at most `jobs` of them at the same time.
 
-    After a failure no other chapter is begun, and those that run are finished: they are kept.
+    After a failure no other chapter is begun, and those that run are finished: they are kept. An
+    interruption ends those that run.
     """
-    if jobs == 1:
-        for number, chapter in enumerate(chapters, start=1):
-            _announce(number, len(chapters), chapter)
-            _execute(chapter, base, parameters, world)
-        return
-    context = multiprocessing.get_context("spawn")
-    waiting, running, failures = list(enumerate(chapters, start=1)), {}, []
-    try:
-        while waiting or running:
-            while waiting and len(running) < jobs:
-                number, chapter = waiting.pop(0)
-                _announce(number, len(chapters), chapter)
-                here, there = context.Pipe(duplex=False)
-                task = (there, chapter, base, parameters, world)
-                process = context.Process(target=_execute_apart, args=task)
-                process.start()
-                there.close()
-                running[here] = chapter, process
-            for pipe in multiprocessing.connection.wait(list(running)):
-                chapter, process = running.pop(pipe)
-                try:
-                    failure = pipe.recv()
-                except EOFError:
-                    failure = f"{chapter.name}: the process that ran it ended without a word"
-                process.join()
-                print(f"  {chapter.name}: {'failed' if failure else 'done'}", flush=True)
-                if failure:
-                    failures.append(failure)
-                    waiting.clear()
-    finally:  # an interruption: the kernels end with the processes
-        for _, process in running.values():
-            if process.is_alive():
-                os.kill(process.pid, signal.SIGINT)
-        for _, process in running.values():
-            process.join()
+    failures, stop = [], threading.Event()
+
+    def execute(number, chapter):
+        if failures or stop.is_set():
+            return
+        before = _execution(chapter.executed)
+        took = f", {before['seconds'] / 60:.1f} min last time" if before else ""
+        print(f"[{number}/{len(chapters)}] {chapter.name}: executing{took}", flush=True)
+        outcome = "done"
+        try:
+            _execute(chapter, base, parameters, world, stop)
+        except DiffEchoError as error:
+            failures.append(str(error))
+            outcome = "failed"
+        print(f"  {chapter.name}: {outcome}", flush=True)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            for task in [pool.submit(execute, *each) for each in enumerate(chapters, start=1)]:
+                task.result()
+        finally:
+            stop.set()
     if failures:
         raise DiffEchoError("\n".join(failures))
 
 
-def _announce(number, count, chapter):
-    before = _execution(chapter.executed)
-    took = f", {before['seconds'] / 60:.1f} min last time" if before else ""
-    print(f"[{number}/{count}] {chapter.name}: executing{took}", flush=True)
-
-
-def _execute_apart(pipe, *task):
-    """`_execute` in its own process: sends None, or what went wrong in words."""
-
-    def interrupt(*_):
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal and the parent both send one
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGINT, interrupt)
-    try:
-        _execute(*task)
-    except DiffEchoError as error:
-        pipe.send(str(error))
-    except KeyboardInterrupt:
-        sys.exit(130)
-    else:
-        pipe.send(None)
-
-
-def _execute(chapter, base, parameters, world):
+def _execute(chapter, base, parameters, world, stop):
     """Run a chapter into executed/, whole or not at all."""
     failed = base / "failed" / chapter.source.name
     partial = chapter.executed.with_suffix(".partial.ipynb")
     for folder in (failed.parent, partial.parent, Path(parameters["results_dir"])):
         folder.mkdir(parents=True, exist_ok=True)
     failed.unlink(missing_ok=True)
+    shutil.copyfile(chapter.source, partial)
     start = time.monotonic()
-    try:
-        with _progress(chapter.name) as on_cell_start:
-            notebook = papermill.execute_notebook(
-                chapter.source,
-                partial,
-                parameters,
-                kernel_name=KERNEL,
-                language="python",
-                cwd=base / "source" / "notebooks",
-                progress_bar=False,
-                on_cell_start=on_cell_start,
-            )
-    except papermill.PapermillExecutionError as error:
-        os.replace(partial, failed)
-        line = next((line for line in error.source.splitlines() if line.strip()), "")
-        message = f"{error.ename}: {error.evalue}".splitlines()[0]
-        raise DiffEchoError(
-            f"{chapter.name}: the cell `{line}` raised {message}; the notebook up to there is "
-            f"{failed}; the pages stay as they were"
-        ) from None
-    except RuntimeError as error:  # the kernel did not start, or died
+    trouble = _papermill(chapter.source, partial, parameters, base, stop)
+    notebook = nbformat.read(partial, as_version=4)
+    if trouble:
         os.replace(partial, failed)
         raise DiffEchoError(
-            f"{chapter.name}: its process was lost ({error}), most often for want of memory; a smaller "
-            f"PROFILE needs less; the notebook up to there is {failed}; the pages stay as they were"
-        ) from None
-    finally:
-        partial.unlink(missing_ok=True)
+            f"{chapter.name}: {_raised(notebook) or trouble}; the notebook up to there is {failed}; "
+            "the pages stay as they were"
+        )
+    partial.unlink()
     notebook.metadata["diffecho"] = {
         "key": chapter.key,
         "seconds": round(time.monotonic() - start, 1),
@@ -449,8 +354,51 @@ def _execute(chapter, base, parameters, world):
     results.write_text(chapter.executed, nbformat.writes(notebook) + "\n")
 
 
-@contextlib.contextmanager
-def _kernel(folder, root, jobs):
+def _papermill(source, out, parameters, base, stop):
+    """Execute `source` into `out` in a process of its own; what went wrong in words, or None.
+
+    A line a minute says where it is. It is interrupted, and its kernel with it, when `stop` is set.
+    """
+    command = [sys.executable, "-m", papermill.__name__, source, out, "--no-progress-bar"]
+    command += ["--log-output"]  # names the cells in the log
+    command += ["--kernel", KERNEL, "--language", "python"]
+    command += ["--cwd", base / "source" / "notebooks"]
+    for parameter in parameters.items():
+        command += ["--parameters_raw", *parameter]
+    start, minutes, log = time.monotonic(), 0, base / "failed" / f"{source.stem}.log"
+    with log.open("w") as stream:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=stream,
+            env=os.environ | {"JUPYTER_PATH": str(base / "jupyter")},
+            start_new_session=True,  # a terminal's interruption comes by way of `stop` alone
+        )
+    while process.poll() is None:
+        if stop.wait(0.2):
+            process.send_signal(signal.SIGINT)
+            process.wait()
+        if time.monotonic() - start > 60 * (minutes + 1):
+            minutes += 1
+            cell = log.read_text().count("Executing Cell")
+            print(f"  {source.stem}: {minutes} min, cell {cell}", flush=True)
+    said = log.read_text().strip().rpartition("\n")[2]
+    log.unlink()
+    if process.returncode:
+        return f"its process was lost ({said}), most often for want of memory; a smaller PROFILE needs less"
+
+
+def _raised(notebook):
+    """Which cell of an execution raised what, in words; None where none did."""
+    for cell in notebook.cells:
+        if cell.metadata.get("papermill", {}).get("exception"):
+            line = next((line for line in cell.source.splitlines() if line.strip()), "")
+            error = next(output for output in cell.outputs if output.output_type == "error")
+            return f"the cell `{line}` raised " + f"{error.ename}: {error.evalue}".splitlines()[0]
+
+
+def _write_kernel(folder, root, jobs):
     """A kernel of this very Python and checkout, whatever kernels and settings the user has.
 
     With several jobs each gets its share of the cores, but for a number of threads set outside.
@@ -477,39 +425,6 @@ def _kernel(folder, root, jobs):
     path = folder / "kernels" / KERNEL / "kernel.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     results.write_text(path, json.dumps(spec))
-    before = os.environ.get("JUPYTER_PATH")
-    os.environ["JUPYTER_PATH"] = str(folder)
-    try:
-        yield
-    finally:
-        os.environ.pop("JUPYTER_PATH")
-        if before is not None:
-            os.environ["JUPYTER_PATH"] = before
-
-
-@contextlib.contextmanager
-def _progress(name):
-    """A hook for nbclient that remembers the cell, and a line a minute that says it."""
-    cell = 0
-    stop = threading.Event()
-
-    def on_cell_start(cell_index, **_):
-        nonlocal cell
-        cell = cell_index
-
-    def report():
-        minutes = 0
-        while not stop.wait(60):
-            minutes += 1
-            print(f"  {name}: {minutes} min, cell {cell}", flush=True)
-
-    thread = threading.Thread(target=report, daemon=True)
-    thread.start()
-    try:
-        yield on_cell_start
-    finally:
-        stop.set()
-        thread.join()
 
 
 # Pages

@@ -29,15 +29,49 @@ def exercise(number, **answers):
     print(f"Exercise {number}: passed.")
 
 
-def write(notebooks, out):
-    """Write `student/` and `teacher/` copies of the notebooks (paths) below `out`; returns both folders."""
+def write(notebooks, out, revision=None):
+    """Write `student/` and `teacher/` copies of the notebooks (paths) below `out`; returns both folders.
+
+    revision: the tag or commit of the repository whose package the copies install where there is none;
+    by default this checkout's commit. Raises DiffEchoError where that is unknown, or not all there is.
+    """
+    revision = revision or _revision()
     folders = [Path(out) / name for name in ("student", "teacher")]
     for folder, make in zip(folders, (student, teacher), strict=True):
         folder.mkdir(parents=True, exist_ok=True)
         for path in notebooks:
             notebook = make(nbformat.read(path, as_version=4))
+            if not pin(notebook, revision):
+                raise DiffEchoError(
+                    f"{path}: its first code cell installs no archive of the repository; take that cell of "
+                    "another chapter"
+                )
             results.write_text(folder / Path(path).name, nbformat.writes(notebook) + "\n")
     return folders
+
+
+def _revision():
+    found = results.revision()
+    remedy = "name what the copies shall install: `make course REVISION=v0.1.0`, a tag or a commit"
+    if found is None:
+        raise DiffEchoError(f"{results.ROOT}: nothing tells which commit this is; {remedy}")
+    if found.endswith("+"):
+        raise DiffEchoError(
+            f"{results.ROOT / 'diffecho_utils'}: differs from commit {found[:7]}, which the copies would "
+            f"install; commit and push what changed, or {remedy}"
+        )
+    if results.git("branch", "--remotes", "--contains", found) == "":
+        print(
+            f"note: commit {found[:7]} is in no branch of a remote; push it before the copies are used"
+        )
+    return found
+
+
+def pin(notebook, revision):
+    """Let the first code cell install the package of this tag or commit; False where it installs none."""
+    cell = next(cell for cell in notebook.cells if cell.cell_type == "code")
+    cell.source, found = re.subn(r"/archive/\S+\.zip", f"/archive/{revision}.zip", cell.source)
+    return found > 0
 
 
 def student(notebook):

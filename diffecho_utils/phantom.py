@@ -16,11 +16,12 @@ walls thicker than a healthy heart's; `benchmarks/phantom_realism.py` measures h
 """
 
 import contextlib
+import errno
 import gzip
 import json
-import multiprocessing
 import os
 import shutil
+import time
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -28,6 +29,7 @@ from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
+from joblib import Parallel, cpu_count, delayed
 from scipy import ndimage, sparse
 from scipy.interpolate import PchipInterpolator
 
@@ -186,37 +188,44 @@ def write(
     """Write a phantom folder in CAMUS's layout, in place of a phantom at `root`, and return `root`.
 
     Same seed, same bytes, whatever the number of `processes` (default: one a core; 1 stays in this
-    process, more need the usual `if __name__ == "__main__"` in a script). Splits are about 80/10/10
-    by patient, none empty from 3 patients up; 2 give training and validation, 1 training alone.
-    `progress(done, total)` is called after each patient. Raises DiffEchoError for patients < 1 or
-    where `root` holds anything but a phantom.
+    process). Splits are about 80/10/10 by patient, none empty from 3 patients up; 2 give training
+    and validation, 1 training alone. `progress(done, total)` is called after each patient. Raises
+    DiffEchoError for patients < 1 or where `root` holds anything but a phantom.
     """
     root = Path(root)
     if patients < 1:
         raise DiffEchoError(f"{root}: {patients} patients asked for; a phantom needs at least 1")
     if root.exists() and not _description_of(root) and (root.is_file() or any(root.iterdir())):
         raise DiffEchoError(f"{root}: holds something else than a phantom; name an empty folder")
-    draft, old = (root.with_name(f"{root.name}.{os.getpid()}.{kind}") for kind in ("part", "old"))
-    jobs = [(draft, seed, index, side, half_sequences) for index in range(patients)]
-    processes = min(patients, processes or os.cpu_count() or 1)
+    place = root.resolve()
+    for left in place.parent.glob(f".{place.name}.phantom-*"):  # of a process that was killed
+        if time.time() - left.stat().st_mtime > 86400:
+            shutil.rmtree(left, ignore_errors=True)
+    draft = place.with_name(f".{place.name}.phantom-{os.getpid()}")
+    new, old = draft / "new", draft / "old"
+    jobs = [(new, seed, index, side, half_sequences) for index in range(patients)]
+    work = Parallel(min(patients, processes or cpu_count()), return_as="generator")
     try:
-        _write_splits(draft, patients, seed)
-        with contextlib.ExitStack() as stack:
-            run = map
-            if processes > 1:
-                pool = multiprocessing.get_context("spawn").Pool(processes)
-                run = stack.enter_context(pool).imap
-            for done, _ in enumerate(run(_write_patient, jobs), start=1):
+        _write_splits(new, patients, seed)
+        with contextlib.closing(work(map(delayed(_write_patient), jobs))) as written:
+            for done, _ in enumerate(written, start=1):
                 if progress:
                     progress(done, patients)
         description = json.dumps(_description(patients, seed, side), indent=1)
-        (draft / "dataset.json").write_text(description + "\n")
-        if root.exists():
-            os.replace(root, old)
-        os.replace(draft, root)
+        (new / "dataset.json").write_text(description + "\n")
+        while new.exists():
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(place, old)
+            try:
+                os.replace(new, place)
+            except OSError as error:
+                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                    raise
+                shutil.rmtree(old, ignore_errors=True)  # another process was quicker with its own
     finally:
+        if old.exists() and not place.exists():
+            os.replace(old, place)
         shutil.rmtree(draft, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
     return root
 
 

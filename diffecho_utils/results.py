@@ -4,6 +4,7 @@ Every chapter. A page never holds a typed number: it computes it, or reads it fr
 A record is one JSON file, `data/results/<world>/<profile>/<name>.json`.
 """
 
+import contextlib
 import datetime
 import json
 import math
@@ -20,6 +21,7 @@ import numpy as np
 from diffecho_utils import DiffEchoError, __version__
 
 LICENCES = {"camus": "CC-BY-NC-SA-4.0", "phantom": "CC0-1.0"}
+ROOT = Path(__file__).resolve().parents[1]  # the checkout, or where packages are installed
 
 
 def save(directory, name, values, *, world, profile, command, seeds=(), split=None):
@@ -70,11 +72,10 @@ def pack(folder, path):
         raise DiffEchoError(f"{folder}: no record (*.json) to pack; run the experiment first")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    with zipfile.ZipFile(beside, "w", zipfile.ZIP_BZIP2, compresslevel=9) as archive:
+    bzip2 = zipfile.ZIP_BZIP2
+    with draft(path) as beside, zipfile.ZipFile(beside, "w", bzip2, compresslevel=9) as archive:
         for record in records:
-            archive.writestr(zipfile.ZipInfo(record.name), record.read_bytes(), zipfile.ZIP_BZIP2)
-    os.replace(beside, path)
+            archive.writestr(zipfile.ZipInfo(record.name), record.read_bytes(), bzip2)
     return path
 
 
@@ -113,7 +114,7 @@ def provenance(command):
         "date": datetime.date.today().isoformat(),
         "hardware": hardware(),
         "command": command,
-        "commit": _commit(),
+        "commit": _short(revision()),
         "versions": {"diffecho_utils": __version__, "python": platform.python_version()}
         | {package: version(package) for package in packages},
     }
@@ -137,28 +138,59 @@ def cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def write_text(path, text):
-    """Write a whole file or nothing: beside, then renamed."""
-    path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(text)
-    os.replace(beside, path)
-
-
-def _commit():
-    """Short commit of the checkout this package lies in, "+" where files differ from it."""
-    here = Path(__file__).resolve().parent
-    git = ["git", "-C", str(here)]
+@contextlib.contextmanager
+def draft(path):
+    """`with draft(path) as beside`: what is written there becomes `path` at the end, or is removed after an error."""
+    beside = Path(path).with_name(f".{Path(path).name}.{os.getpid()}")
     try:
-        name = subprocess.run(
-            [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-        )
-        dirty = subprocess.run([*git, "status", "--porcelain", str(here)], capture_output=True)
+        yield beside
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_text(path, text):
+    """Write a whole file or nothing."""
+    with draft(path) as beside:
+        beside.write_text(text)
+
+
+def code():
+    """Which code runs, in one line: "diffecho_utils 0.1.0, commit 0123abc", "+" where files differ from it."""
+    return f"diffecho_utils {__version__}, commit {_short(revision())}"
+
+
+def revision():
+    """The commit this package is of: 40 digits, "+" behind them where a file of it differs; None if unknown.
+
+    Told by git in a checkout of this project; else by commit.txt, into which git writes the commit
+    where GitHub makes an archive of it; else by what pip notes of a repository it installed from.
+    """
+    if (ROOT / ".git").exists() and (ROOT / "_toc.yml").is_file():
+        commit = git("rev-parse", "HEAD")
+        return commit and commit + ("+" if git("status", "--porcelain", "diffecho_utils") else "")
+    exported = (ROOT / "diffecho_utils" / "commit.txt").read_text().strip()
+    if not exported.startswith("$"):
+        return exported
+    for note in ROOT.glob("diffecho_utils-*.dist-info/direct_url.json"):
+        return json.loads(note.read_text()).get("vcs_info", {}).get("commit_id")
+    return None
+
+
+def git(*command):
+    """What git answers in this checkout, stripped; None where there is no git, or it fails."""
+    here = ["git", "-C", ROOT, f"--git-dir={ROOT / '.git'}", f"--work-tree={ROOT}"]
+    try:
+        done = subprocess.run([*here, *command], capture_output=True, text=True)
     except OSError:
-        return f"release {__version__}"
-    if name.returncode:
-        return f"release {__version__}"
-    return name.stdout.strip() + ("+" if dirty.stdout.strip() else "")
+        return None
+    return None if done.returncode else done.stdout.strip()
+
+
+def _short(commit):
+    if commit is None:
+        return f"unknown ({__version__})"
+    return commit[:7] + commit[40:]
 
 
 def _plain(value):

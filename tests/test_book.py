@@ -1,6 +1,7 @@
 """The book: what is executed again and what is not, what gets into a page, and what never does."""
 
 import ast
+import functools
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 import tomllib
+import types
 from pathlib import Path
 
 import nbformat
@@ -54,7 +56,7 @@ def edit(path, old, new):
 
 @pytest.fixture
 def project(tmp_path):
-    """A book of two chapters beside a package of its own, of which each uses one module."""
+    """A book of two chapters beside a package of its own."""
     root = tmp_path / "project"
     package = root / "diffecho_utils"
     package.mkdir(parents=True)
@@ -102,9 +104,9 @@ def build(project, phantom_root, monkeypatch):
 
     monkeypatch.setattr(book, "_execute", counted)
 
-    def build(**options):
+    def build(root=project, data=phantom_root, **options):
         executed.clear()
-        book.build(phantom_root, "smoke", root=project, **options)
+        book.build(data, "smoke", root=root, **options)
         return list(executed)
 
     return build
@@ -115,15 +117,15 @@ def no_kernel(monkeypatch):
     """In place of papermill: each code cell prints its source and the parameters' results_dir is
     written to. For tests of what is executed, where a kernel would only cost its start."""
 
-    def execute(source, partial, parameters, **_):
+    def execute(source, out, parameters, *_):
         notebook = nbformat.read(source, as_version=4)
         notebook.metadata["language_info"] = {"name": "python"}
         for cell in notebook.cells[1:]:
             cell.outputs = [nbformat.v4.new_output("stream", text=cell.source)]
         (Path(parameters["results_dir"]) / f"{source.stem}.json").write_text("{}")
-        return notebook
+        nbformat.write(notebook, out)
 
-    monkeypatch.setattr(book.papermill, "execute_notebook", execute)
+    monkeypatch.setattr(book, "_papermill", execute)
 
 
 def tree(project):
@@ -143,12 +145,13 @@ def outputs(notebook):
     )
 
 
-def test_only_what_changed_is_executed_again(project, build, no_kernel, phantom_root):
+def test_only_what_changed_is_executed_again(project, build, no_kernel, broken_root):
+    build = functools.partial(build, data=broken_root)
     both = ["01_first", "02_second"]
     assert build() == both
     assert build() == []
     edit(project / "diffecho_utils" / "shared.py", "1", "7")
-    assert build() == ["01_first"], "only the first chapter reaches shared.py, through alpha.py"
+    assert build() == both, "the package changed"
     edit(project / "notebooks" / "02_second.ipynb", "# 02_second", "# New prose")
     assert build() == [], "prose needs no execution"
     assert page(project, "02_second").cells[0].source == "# New prose"
@@ -158,12 +161,35 @@ def test_only_what_changed_is_executed_again(project, build, no_kernel, phantom_
         "print(profile_name + '!')",
     )
     assert build() == ["02_second"]
-    os.utime(phantom_root / "dataset.json")
+    os.utime(broken_root / "dataset.json")
+    assert build() == []
+    (broken_root / "database_nifti" / "patient0001" / "note.txt").write_text("Look again.")
     assert build() == both, "the data changed"
     (project / "data").mkdir()
     (project / "data" / "weights").write_text("new")
     assert build() == both, "a shipped file changed"
     assert build(force=True, chapters=["02_second"]) == ["02_second"]
+
+
+def test_a_checkout_that_moved_executes_nothing(project, build, no_kernel, phantom_root, tmp_path):
+    (project / "data").mkdir()
+    (project / "data" / "weights").write_text("shipped")
+    data = project / "_build" / "phantom-smoke"
+    shutil.copytree(phantom_root, data)
+    assert build(data=data) == ["01_first", "02_second"]
+    moved = tmp_path / "elsewhere" / "copy"
+    shutil.copytree(project, moved, copy_function=shutil.copyfile)  # with new times
+    assert build(root=moved, data=moved / "_build" / "phantom-smoke") == []
+    assert "solved" in outputs(page(moved, "01_first"))
+
+
+def test_real_data_count_by_names_sizes_and_times(project, build, no_kernel, broken_root, tmp_path):
+    (broken_root / "dataset.json").unlink()  # then nothing says that they are the phantom's
+    assert build(data=broken_root) == ["01_first", "02_second"]
+    moved = broken_root.rename(tmp_path / "another disk")
+    assert build(data=moved) == []
+    os.utime(next(moved.rglob("*.nii.gz")))
+    assert build(data=moved) == ["01_first", "02_second"]
 
 
 def test_recording_writes_to_the_checkout_and_does_not_trigger_itself(project, build, no_kernel):
@@ -221,6 +247,19 @@ def test_failed_chapter_is_never_published(project, build):
     assert "first 1" in outputs(nbformat.read(failed, as_version=4)), "kept for reading"
     assert shown.read_text() == "the last good page"
     assert not list(tree(project).rglob("*.partial.ipynb"))
+
+
+def test_a_line_a_minute_says_the_cell(project, build, monkeypatch, capsys):
+    hurried = types.SimpleNamespace(monotonic=lambda: 60 * time.monotonic())
+    monkeypatch.setattr(book, "time", hurried)
+    edit(
+        project / "notebooks" / "02_second.ipynb",
+        "from pathlib",
+        "__import__('time').sleep(5)\\nfrom pathlib",
+    )
+    build(chapters=["02_second"])
+    cells = re.findall(r"02_second: \d+ min, cell (\d+)", capsys.readouterr().out)
+    assert cells == sorted(cells) and cells[-1] == "5", "with the title and the build's parameters"
 
 
 def test_lost_process_is_said(project, build):
@@ -315,7 +354,6 @@ def test_chapter_is_ready_to_be_executed(path):
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     assert book._declared(notebook, path) >= {"data_root", "profile_name", "results_dir"}
-    assert book._modules(ROOT / "diffecho_utils", path, notebook), "imports the package"
     for cell in notebook.cells:
         assert not cell.get("outputs"), "committed without outputs"
         assert cell.get("execution_count") is None

@@ -1,12 +1,13 @@
 """Copies for a course: what a student gets, what a teacher gets, and checks that tell one from the other."""
 
+import re
 from pathlib import Path
 
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from diffecho_utils import DiffEchoError, course
+from diffecho_utils import DiffEchoError, course, results
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -93,11 +94,55 @@ def test_solution_without_a_check_is_refused(chapter):
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_every_chapter_has_checked_exercises(path, tmp_path):
-    student, teacher = course.write([path], tmp_path)
+    student, teacher = course.write([path], tmp_path, "v9.9.9")
     copies = [nbformat.read(folder / path.name, as_version=4) for folder in (student, teacher)]
     for copy in copies:
         nbformat.validate(copy)
+        text = nbformat.writes(copy)
+        assert "diffecho-book/archive/v9.9.9.zip" in text and "main.zip" not in text
     checks = [cell for cell in copies[1].cells if "check" in cell.metadata.get("tags", [])]
     assert len(checks) >= 3
     hidden = [cell for cell in copies[0].cells if "solution" in cell.metadata.get("tags", [])]
     assert not hidden and len(copies[0].cells) < len(copies[1].cells) + 1
+
+
+def installs(copy):
+    return re.findall(r"archive/(\S+)\.zip", copy.cells[0].source)
+
+
+@pytest.fixture
+def at(chapter, tmp_path, monkeypatch):
+    """Writes copies of the chapter in a checkout whose package is of a commit and whose remote has branches."""
+    install = "%pip install https://github.com/diffecho-book/diffecho-book/archive/main.zip"
+    chapter.cells.insert(0, new_code_cell(install))
+    nbformat.write(chapter, tmp_path / "01_a.ipynb")
+
+    def at(commit, branches="origin/main"):
+        monkeypatch.setattr(results, "revision", lambda: commit)
+        monkeypatch.setattr(results, "git", lambda *_: branches)
+        folders = course.write([tmp_path / "01_a.ipynb"], tmp_path)
+        return [installs(nbformat.read(f / "01_a.ipynb", as_version=4)) for f in folders]
+
+    return at
+
+
+def test_copies_install_the_commit_of_the_checkout(at, capsys):
+    assert at("0123456" + "a" * 33) == [["0123456" + "a" * 33]] * 2
+    assert not capsys.readouterr().out
+    at("0123456" + "a" * 33, branches="")
+    assert "0123456 is in no branch of a remote; push it" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("commit", [None, "0123456" + "a" * 33 + "+"])
+def test_copies_of_an_unknown_or_changed_package_are_not_written(at, commit, tmp_path):
+    with pytest.raises(
+        DiffEchoError, match="(?s)tells which commit|differs from commit 0123456,.*REVISION="
+    ):
+        at(commit)
+    assert not (tmp_path / "student").exists()
+
+
+def test_a_chapter_without_the_installing_cell_is_named(chapter, tmp_path):
+    nbformat.write(chapter, tmp_path / "01_a.ipynb")
+    with pytest.raises(DiffEchoError, match="01_a.ipynb: its first code cell installs no archive"):
+        course.write([tmp_path / "01_a.ipynb"], tmp_path, "v9.9.9")

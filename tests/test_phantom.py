@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import nibabel as nib
@@ -277,7 +278,9 @@ def test_ensure_writes_once_and_again_when_something_is_wrong(tmp_path, monkeypa
     assert [path.name for path in root.parent.iterdir()] == ["phantom"], "no draft left behind"
 
 
-def test_an_interrupted_write_leaves_the_old_folder_and_no_draft(tmp_path):
+@pytest.mark.filterwarnings("ignore:.*cancelled")
+@pytest.mark.parametrize("processes", [1, 2])
+def test_an_interrupted_write_leaves_the_old_folder_and_no_draft(tmp_path, processes):
     root = phantom.write(tmp_path / "phantom", patients=1, side=SIDE, processes=1)
     before = digests(root)
 
@@ -285,9 +288,73 @@ def test_an_interrupted_write_leaves_the_old_folder_and_no_draft(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        phantom.write(root, patients=2, seed=9, side=SIDE, processes=1, progress=interrupt)
+        phantom.write(root, 4, seed=9, side=SIDE, processes=processes, progress=interrupt)
     assert digests(root) == before
     assert list(tmp_path.iterdir()) == [root]
+
+
+def test_a_plain_script_needs_no_main_guard(tmp_path):
+    """Spawned processes would run the script again, each the same, for ever."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "print('begin')\nfrom diffecho_utils import profiles\n"
+        "profiles.begin('smoke', '')\nprint('end')\n"
+    )
+    (tmp_path / "data").mkdir()
+    (tmp_path / "_toc.yml").touch()
+    python = [sys.executable, script]
+    environment = os.environ | {"DIFFECHO_ROOT": str(tmp_path)}
+    done = subprocess.run(python, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert [line for line in done.stdout.splitlines() if line in ("begin", "end")] == [
+        "begin",
+        "end",
+    ]
+    assert "phantom, 20 patients" in done.stdout and not done.stderr
+    assert [path.name for path in (tmp_path / "_build").iterdir()] == ["phantom-smoke"]
+
+
+def test_the_old_folder_comes_back_when_the_new_one_cannot_take_its_place(tmp_path, monkeypatch):
+    root = phantom.write(tmp_path / "phantom", patients=1, side=SIDE, processes=1)
+    before, replace = digests(root), os.replace
+
+    def refuse(source, target):
+        if source.name == "new":
+            raise PermissionError(13, "Permission denied", str(target))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(PermissionError):
+        phantom.write(root, patients=2, side=SIDE, processes=1)
+    assert digests(root) == before
+    assert list(tmp_path.iterdir()) == [root]
+
+
+def test_two_processes_may_write_the_same_folder(tmp_path, monkeypatch):
+    """The other one is quicker between our two renames."""
+    root, replace = tmp_path / "phantom", os.replace
+    phantom.write(root, patients=1, side=SIDE, processes=1)
+
+    def overtaken(source, target):
+        replace(source, target)
+        if source == root and not root.exists():
+            monkeypatch.setattr(os, "replace", replace)
+            root.mkdir()
+            (root / "dataset.json").write_text("the other's")
+
+    monkeypatch.setattr(os, "replace", overtaken)
+    phantom.write(root, patients=2, side=SIDE, processes=1)
+    assert json.loads((root / "dataset.json").read_text())["patients"] == 2
+    assert list(tmp_path.iterdir()) == [root]
+
+
+def test_what_a_killed_process_left_goes_after_a_day(tmp_path):
+    for name, day in (("1", 0), ("2", 3)):
+        left = tmp_path / f".phantom.phantom-{name}"
+        (left / "new").mkdir(parents=True)
+        os.utime(left, (time.time() - 86400 * day,) * 2)
+    root = phantom.write(tmp_path / "phantom", patients=1, side=SIDE, processes=1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".phantom.phantom-1", root.name]
 
 
 def test_bad_arguments_say_what_to_do(tmp_path, people):

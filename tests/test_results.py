@@ -1,6 +1,7 @@
 """Records carry their provenance and are whole; shipped files are found or their absence is said."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -30,6 +31,15 @@ def test_record_goes_out_and_comes_back(tmp_path):
     assert record["date"] in results.describe(record) and "make book" in results.describe(record)
     assert {"torch", "diffusers", "python"} <= set(record["versions"])
     assert [p.name for p in path.parent.iterdir()] == ["name.json"]
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    results.write_text(tmp_path / "note.txt", "old")
+    with pytest.raises(OSError, match="disk"), results.draft(tmp_path / "note.txt") as beside:
+        beside.write_text("ne")
+        raise OSError("the disk is full")
+    assert (tmp_path / "note.txt").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["note.txt"]
 
 
 def test_records_of_several_runs_are_told_as_one():
@@ -80,4 +90,4 @@ def test_every_shipped_record_is_readable_and_says_where_it_comes_from():
     for path in paths:
         record = results.load(path)
         assert (record["world"], record["profile"]) == (path.parts[-3], path.parts[-2])
-        assert record["name"] == path.stem and not record["commit"].startswith("release")
+        assert record["name"] == path.stem and re.fullmatch(r"[0-9a-f]{7}.*", record["commit"])
