@@ -49,7 +49,8 @@ def main():
     options = parser.parse_args()
     profile = profiles.get("cpu")
     rows = camus.select(camus.read_table(options.data), "training")
-    frames = data.load_frames(rows, profile.side, cache_dir=assets.workspace() / "cache")
+    generator = models.load_generator(assets.checkpoint("camus", "text"))
+    frames = data.load_frames(rows, generator, cache_dir=assets.workspace() / "cache")
     values = {"flips": flips, "words": words}[options.name](frames, profile, options)
     results.save(
         assets.root() / "data" / "results" / "camus" / profile.name,
@@ -94,8 +95,9 @@ def flips(frames, profile, options):
             learning_rate=(3 if fresh else 1) * options.learning_rate,
             ema=0.99,
         )
-        steps = training.steps_within(options.minutes, objective, {"latents": tensor}, recipe)
-        training.fit(objective, {"latents": tensor}, replace(recipe, steps=steps), None)
+        stage = training.Stage(name, objective, {"latents": tensor}, recipe)
+        steps = training.steps_within(options.minutes, stage)
+        training.fit(objective, stage.tensors, replace(recipe, steps=steps), None)
         changed = replace(generator, denoiser=objective.network)
         trained[name] = measure(changed, weights, only=True) | {"steps": steps}
         print(name, trained[name], flush=True)

@@ -34,11 +34,11 @@ def main():
     parser.add_argument("--both", type=Path, nargs="+", required=True, help="both stages")
     options = parser.parse_args()
     profile = profiles.get("cpu")
-    real = held_out(options.data, profile)
+    segmenter = models.load_network(assets.checkpoint("camus", "segmenter"))
+    real = held_out(options.data, segmenter)
     simulated = assets.workspace() / f"phantom-{profile.name}"
     phantom.ensure(simulated, patients=profile.phantom_patients, seed=profile.phantom_seed)
-    simulated = held_out(simulated, profile, patients=1).images[:1]
-    segmenter = models.load_network(assets.checkpoint("camus", "segmenter"))
+    simulated = held_out(simulated, segmenter, patients=1).images[:1]
 
     rows = {"original": measure(real.images, real, segmenter)}
     pictures = {"original": simulated}
@@ -66,10 +66,10 @@ def main():
     data.save_tensors(folder / "autoencoders.safetensors", bytes_, facts)
 
 
-def held_out(root, profile, patients=None):
-    """The validation frames of a folder, as chapter 02 loads them."""
+def held_out(root, like, patients=None):
+    """The validation frames of a folder, in the geometry of the network that reads them."""
     rows = camus.select(camus.read_table(root), "validation", patients=patients)
-    return data.load_frames(rows, profile.side, cache_dir=assets.workspace() / "cache")
+    return data.load_frames(rows, like, cache_dir=assets.workspace() / "cache")
 
 
 def through(vae, images):

@@ -37,7 +37,7 @@ def main():
     phantom.ensure(root, patients=profile.phantom_patients, seed=profile.phantom_seed)
     table = camus.read_table(root)
     known, unseen = (
-        data.load_frames(camus.select(table, split), profile.side)
+        data.load_frames(camus.select(table, split), profile)
         for split in ("training", "validation")
     )
     patients = unseen.table["patient"].to_numpy()

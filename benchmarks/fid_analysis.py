@@ -43,16 +43,15 @@ def main():
     profile, table = profiles.get("cpu"), camus.read_table(options.data)
     profile = replace(profile, sampling_steps=options.steps or profile.sampling_steps)
     out = options.out or assets.root() / "data" / "results" / "camus" / profile.name
+    encoders = load_encoders()
     known, unseen = (
         data.load_frames(
             camus.select(table, split, patients=options.patients),
-            profile.side,
-            keep_aspect=False,
+            encoders["judges"][0],
             cache_dir=assets.workspace() / "cache",
         )
         for split in ("training", "validation")
     )
-    encoders = load_encoders()
     wanted = ("classifier", "clip") if options.features_only else encoders["see"]
     real = {name: [encoders["see"][name](f.images) for f in (known, unseen)] for name in wanted}
     write_features(out, real, known, unseen, table.attrs["world"])

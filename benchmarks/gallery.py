@@ -22,7 +22,7 @@ def main():
     rows = camus.select(camus.read_table(root), "validation", patients=2)
     rows = rows.sort_values(["view", "phase", "patient"])
     # Stretched to a square, as the frames were that the generators learned from.
-    frames = data.load_frames(rows, profile.side, keep_aspect=False)
+    frames = data.load_frames(rows, data.Geometry(profile.side, stretched=True))
     pictures, names = [frames.images], ["phantom"]
     titles = [camus.CLASS_NAMES[c] for c in frames.classes]
     for model, name in GENERATORS.items():

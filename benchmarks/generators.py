@@ -46,14 +46,14 @@ def main():
     options = parser.parse_args()
     profile, table = profiles.get("cpu"), camus.read_table(options.data)
     cache = assets.workspace() / "cache"
-    known, unseen = (
-        data.load_frames(camus.select(table, split), profile.side, cache_dir=cache)
-        for split in ("training", "validation")
-    )
     judges = [
         models.load_network(assets.checkpoint("camus", name))
         for name in ("segmenter", "classifier")
     ]
+    known, unseen = (
+        data.load_frames(camus.select(table, split), judges[0], cache_dir=cache)
+        for split in ("training", "validation")
+    )
     vae = models.load_autoencoder(assets.checkpoint("camus", "autoencoder"))
     real = [
         data.latent_views(vae, frames, cache_dir=cache)["latents"] for frames in (known, unseen)
@@ -113,7 +113,9 @@ def patients(frames):
 
 def drawn(generator, frames, steps, seed):
     """One image for each frame, from _build/drawn if they are there: rounded to 8 bits."""
-    key = f"{sampling.digest(generator)}-{generator.guidance:g}-{len(frames)}-{steps}-{seed}"
+    asked = frames.table.assign(prompt=sampling.told("text", frames)["prompts"])
+    asked = sampling.plan_digest(asked[["view", "phase", "prompt"]], frames.masks)
+    key = f"{sampling.digest(generator)}-{generator.guidance:g}-{asked}-{steps}-{seed}"
     path = assets.workspace() / "drawn" / f"{generator.model}-{key}.safetensors"
     if not path.is_file():
         images, _ = draw(generator, frames, steps, seed)

@@ -194,7 +194,7 @@ def by_structure(values):
 def real_frames(source):
     """All real frames as `data.Frames`, from a CAMUS folder or from the file that `pack` wrote."""
     if Path(source).is_dir():
-        return data.load_frames(camus.read_table(source), SIDE, keep_aspect=False)
+        return data.load_frames(camus.read_table(source), data.Geometry(SIDE, stretched=True))
     with np.load(source) as packed:
         table = pd.DataFrame({name: packed[name] for name in TABLE})
         return frames_of(packed["images"], packed["masks"], table)

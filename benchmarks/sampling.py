@@ -6,13 +6,16 @@ Solvers: the SDM draws the label map of every validation frame with each solver 
 the same noise. Guidance: the text model and the SDM draw half of the patients at several scales, everywhere
 and within a third of the timesteps. Measured are the Frechet distance to the training frames (features of
 chapter 03), Dice of the shipped segmenter's reading with the label map, the class by the shipped
-classifier, diversity, and processor seconds an image. Each row is written to
-data/results/camus/cpu/sampling.json (or --out) as soon as it is there; rows that are there are kept, so the
-command can be stopped at any moment and repeated, and two can run at once, one for each --kind. A file of
-other weights or frames is refused.
+classifier, diversity, and processor seconds an image. Each row is a file of its own below _build/runs,
+under the weights and frames it is of; rows that are there are kept, so the command can be stopped at any
+moment and repeated, and two can run at once, one for each --kind. At its end the command collects what is
+there in data/results/camus/cpu/sampling.json (or --out).
 """
 
 import argparse
+import hashlib
+import json
+import re
 import time
 from pathlib import Path
 
@@ -55,28 +58,35 @@ def main():
     profile = profiles.get("cpu")
     folder = options.out or assets.root() / "data" / "results" / "camus" / profile.name
     table = camus.select(camus.read_table(options.data), "validation")
-    frames = data.load_frames(
-        table, profile.side, keep_aspect=False, cache_dir=assets.workspace() / "cache"
-    )
+    generator = models.load_generator(assets.checkpoint("camus", "sdm"))
+    frames = data.load_frames(table, generator, cache_dir=assets.workspace() / "cache")
     frames = frames.where(np.arange(len(frames)) < options.frames)
     meter = Meter(frames)
+    setting = {"frames": len(frames), "weights": meter.weights}
+    key = hashlib.sha256(json.dumps(setting).encode()).hexdigest()[:8]
+    kept = assets.workspace() / "runs" / f"sampling-{key}"
+    kept.mkdir(parents=True, exist_ok=True)
+    values = setting | {"solvers": {}, "guidance": {}}
     for kind, name, todo in rows(options.steps, options.guided_steps, frames):
-        if options.kind not in (None, kind) or name in started(folder, meter)[kind]:
-            continue
-        row = meter.row(**todo)
-        print(name, row, flush=True)
-        values = started(folder, meter)  # another process may be at the rows of the other kind
-        values[kind][name] = row
-        results.save(
-            folder,
-            "sampling",
-            values,
-            world=table.attrs["world"],
-            profile=profile.name,
-            command=f"python benchmarks/sampling.py --data /path/to/camus --frames {len(frames)}",
-            seeds=[SEED],
-            split="validation",
-        )
+        path = kept / f"{kind}-{re.sub(r'[^a-z0-9.]+', '_', name.lower())}.json"
+        if not path.is_file() and options.kind in (None, kind):
+            row = meter.row(**todo)
+            print(name, row, flush=True)
+            results.write_text(path, json.dumps(row, default=float))
+        if path.is_file():
+            values[kind][name] = json.loads(path.read_text())
+    given = meter.judged(frames.images, np.full(len(frames), True))
+    values |= {"patients": len(set(meter.patients)), "floor": meter.floor(), "given": given}
+    results.save(
+        folder,
+        "sampling",
+        values,
+        world=table.attrs["world"],
+        profile=profile.name,
+        command=f"python benchmarks/sampling.py --data /path/to/camus --frames {len(frames)}",
+        seeds=[SEED],
+        split="validation",
+    )
 
 
 def rows(counts, guided_steps, frames):
@@ -103,21 +113,6 @@ def solver_row(row):
     solver, steps, spacing = row
     settings = {"model": "sdm", "solver": solver, "spacing": spacing, "steps": steps}
     return "solvers", f"{solver}, {steps}, {spacing}", settings
-
-
-def started(folder, meter):
-    """The values so far, if they are of the same weights and frames; new ones where there are none."""
-    setting = {"frames": len(meter.frames), "weights": meter.weights}
-    path = folder / "sampling.json"
-    if path.is_file():
-        known = results.load(path)["values"]
-        if any(known.get(name) != value for name, value in setting.items()):
-            raise DiffEchoError(f"{path}: of other weights or frames; move it away to begin anew")
-        return known
-    everything = np.full(len(meter.frames), True)
-    given = meter.judged(meter.frames.images, everything)
-    setting |= {"patients": len(set(meter.patients)), "floor": meter.floor(), "given": given}
-    return setting | {"solvers": {}, "guidance": {}}
 
 
 class Meter:

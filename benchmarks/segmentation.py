@@ -67,7 +67,7 @@ def real_frames(table, profile):
     downstream.check_apart(*parts)
     cache = assets.workspace() / "cache"
     return [
-        data.load_frames(rows, profile.side, keep_aspect=False, cache_dir=cache) for rows in parts
+        data.load_frames(rows, data.Geometry(profile.side, True), cache_dir=cache) for rows in parts
     ]
 
 

@@ -37,11 +37,11 @@ def main():
     options = parser.parse_args()
     profile = profiles.get("cpu")
     rows = camus.select(camus.read_table(options.data), "training")
-    frames = data.load_frames(rows, profile.side, cache_dir=assets.workspace() / "cache")
+    judge = models.load_network(assets.checkpoint("camus", "segmenter"))
+    frames = data.load_frames(rows, judge, cache_dir=assets.workspace() / "cache")
     patients = frames.table["patient"].unique()
     mine = frames.table["patient"].isin(patients[: FRAMES // 4])
     asked, others = frames.where(mine), frames.where(~mine)
-    judge = models.load_network(assets.checkpoint("camus", "segmenter"))
     found, chosen = {}, {}
     for model, dial in DIALS.items():
         generator = models.load_generator(assets.checkpoint("camus", model))

@@ -44,19 +44,21 @@ class ImageFiles(Dataset):
 
 def usual_loop(denoiser, vae, encode_text, texts, loader, steps, batch, masked):
     """Seconds of `steps` training steps in the shape of diffusers' example scripts."""
-    scheduler = models.build_scheduler()
+    scheduler, device = models.build_scheduler(), models.device()
+    for network in (denoiser, vae, encode_text.model):
+        network.to(device)
     trained = [p for p in denoiser.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
     batches, started = iter(loader), None
     for step in range(steps + 2):
         if step == 2:  # the first steps are slow everywhere
             started = time.perf_counter()
-        images, masks, rows = next(batches)
+        images, masks, rows = (tensor.to(device) for tensor in next(batches))
         with torch.no_grad():
             latents = vae.encode(images).latent_dist.sample() * vae.config.scaling_factor
             text = encode_text([texts[i] for i in rows])
         noise = torch.randn_like(latents)
-        timesteps = torch.randint(1000, (batch,))
+        timesteps = torch.randint(1000, (batch,), device=device)
         noisy = scheduler.add_noise(latents, noise, timesteps)
         given = {"masks": masks} if masked else {}
         loss = F.mse_loss(
@@ -67,6 +69,8 @@ def usual_loop(denoiser, vae, encode_text, texts, loader, steps, batch, masked):
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
     return time.perf_counter() - started
 
 
@@ -94,7 +98,7 @@ def main():
         seed=profile.phantom_seed,
     )
     table = camus.select(camus.read_table(root), patients=16)
-    frames = data.load_frames(table, profile.side)
+    frames = data.load_frames(table, profile)
     vae = models.build_autoencoder(profile).eval()
     clip_folder = Path(tempfile.mkdtemp()) / "clip"
     training.train(

@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import math
+import shlex
 import sys
 from pathlib import Path
 
@@ -10,12 +12,16 @@ from diffecho_utils import DiffEchoError, camus, prompts
 # Rows of a recipe (profiles.Recipe) that `train` can change.
 _RECIPE = ("batch", "accumulation", "learning_rate", "ema", "prediction", "snr_gamma")
 
+_SPLITS = (*camus.SPLITS, "all")  # all: every patient, listed or not
+
 _FIGURES = (".png", ".pdf", ".svg")  # files that `evaluate` draws
 
 
 def main(arguments=None):
     """Run one command; returns the exit status: 0 done, 1 bad input (said in a line), 130 interrupted."""
+    arguments = list(map(str, sys.argv[1:] if arguments is None else arguments))
     options = _parser().parse_args(arguments)
+    options.line = _line(arguments, options)
     try:
         for name in ("data", "masks", "test_data"):
             if getattr(options, name, None):
@@ -24,9 +30,25 @@ def main(arguments=None):
     except DiffEchoError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except OSError as error:
+        reason = f"{error.filename}: {error.strerror}" if error.filename else error
+        print(f"error: {reason}; free the disk or name another place to write to", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _line(arguments, options):
+    """The whole command for a record, its folders and files by their names alone."""
+    names = {str(value): value.name for value in vars(options).values() if isinstance(value, Path)}
+    words = []
+    for word in arguments:
+        option, equals, value = word.partition("=")
+        words.append(
+            f"{option}={names[value]}" if equals and value in names else names.get(word, word)
+        )
+    return shlex.join(["python", "-m", "diffecho_utils", *words])
 
 
 def phantom_command(options):
@@ -91,7 +113,7 @@ def download_command(options):
 def prompts_command(options):
     from diffecho_utils import data, profiles, results
 
-    frames = data.load_frames(camus.read_table(options.root), profiles.get("cpu").side)
+    frames = data.load_frames(camus.read_table(options.root), profiles.get("cpu"))
     table = prompts.wordings(prompts.facts(frames), options.template)
     results.write_text(options.out, table.to_csv(index=False, lineterminator="\n"))
     print(f"wrote {prompts.WORDINGS} prompts for each of {len(frames)} frames to {options.out}")
@@ -102,7 +124,7 @@ def train_command(options):
 
     from diffecho_utils import assets, data, profiles, results, training
 
-    profile = profiles.get(options.profile)
+    profile = replace(profiles.get(options.profile), stretched=options.stretch)
     if options.latent_channels:
         profile = replace(profile, latent_channels=options.latent_channels)
     if options.width:
@@ -117,8 +139,11 @@ def train_command(options):
         camus.read_table(options.data), split=options.split, patients=profile.patients
     )
     _enough(table, options.patients, options.split, options.data)
+    missing = _missing_classes(table)
+    if missing:
+        print(f"note: no frames of {', '.join(missing)}: the network learns the other classes only")
     cache = assets.workspace() / "cache"
-    frames = data.load_frames(table, profile.side, not options.stretch, cache_dir=cache)
+    frames = data.load_frames(table, profile, cache_dir=cache)
     needs = {
         name: getattr(options, name) or assets.checkpoint(table.attrs["world"], name)
         for name in training.builds_on(options.model, profile)
@@ -129,8 +154,8 @@ def train_command(options):
         profile,
         options.out,
         needs=needs,
-        resume=options.resume,
-        provenance=results.provenance(_train_line(options)),
+        restart=options.restart,
+        provenance=results.provenance(options.line),
         progress=lambda line: print(line, flush=True),
         seed=options.seed,
         cache_dir=cache,
@@ -148,41 +173,34 @@ def _enough(rows, wanted, split, root):
         )
 
 
-def _train_line(options):
-    """The command again, without paths, for the record."""
-    line = f"python -m diffecho_utils train {options.model} --profile {options.profile}"
-    line += f" --seed {options.seed}"
-    for name in ("latent_channels", "width", "views", "patients", "steps", *_RECIPE, "minutes"):
-        value = getattr(options, name)
-        if value is not None:
-            values = value if isinstance(value, list) else [value]
-            line += f" --{name.replace('_', '-')} {' '.join(map(str, values))}"
-    return line + " --stretch" * options.stretch
+def _missing_classes(rows):
+    there = set(camus.class_index(rows))
+    return [name for index, name in enumerate(camus.CLASS_NAMES) if index not in there]
 
 
 def sample_command(options):
     from diffecho_utils import assets, data, models, sampling
 
+    if options.masks and "masks" not in sampling.CONDITIONS[options.model]:
+        raise DiffEchoError(f"{options.model} is told no label maps; leave --masks out")
     generator = models.load_generator(options.checkpoint)
     made = models.read_training(options.checkpoint)
     if generator.model != options.model:
         raise DiffEchoError(f"{options.checkpoint}: a checkpoint of {generator.model}")
-    state = sampling.processes()
+    state = models.processes()
     generator.to(state.device)
     facts = {key: made.get(key) for key in ("world", "profile", "commit", "stretched")}
-    frames = None
+    frames, classes = None, generator.classes
     if options.masks:
         rows = camus.select(
             camus.read_table(options.masks), split=options.split, patients=options.patients
         )
         _enough(rows, options.patients, options.split, options.masks)
-        side = 8 * generator.latent_shape[-1]
-        keep_aspect = not made.get("stretched", False)  # as the frames were that it learned from
-        cache = assets.workspace() / "cache"
-        frames = data.load_frames(rows, side, keep_aspect, cache_dir=cache)
+        frames = data.load_frames(rows, generator, cache_dir=assets.workspace() / "cache")
+        classes = sorted(set(camus.class_index(rows)))
         facts |= {"masks_world": rows.attrs["world"], "masks_split": options.split}
         facts |= {"masks_patients": rows["patient"].nunique()}
-    planned = sampling.plan(options.model, options.n, frames, options.template)
+    planned = sampling.plan(options.model, options.n, frames, options.template, classes)
     table = sampling.write_synthetic(
         generator,
         options.out,
@@ -197,7 +215,8 @@ def sample_command(options):
         batch=options.batch,
     )
     if state.is_main_process:
-        print(f"wrote {len(table)} images, {options.n} of each class, to {options.out}")
+        names = ", ".join(camus.CLASS_NAMES[index] for index in classes)
+        print(f"wrote {len(table)} images, {options.n} of each class ({names}), to {options.out}")
 
 
 def evaluate_command(options):
@@ -217,20 +236,25 @@ def evaluate_command(options):
         raise DiffEchoError(f"{options.figure}: a figure ends in one of {' '.join(_FIGURES)}")
     profile = profiles.get(options.profile)
     table = camus.read_table(options.data)
-    images, metadata = sampling.read_synthetic(options.synthetic, profile.side)
-    settings = sampling.read_settings(options.synthetic)
-    reference, held_out = (
-        data.load_frames(
-            camus.select(table, split=split, patients=profile.patients),
-            profile.side,
-            keep_aspect=not settings.get("stretched", False),  # as the images were made
-            cache_dir=assets.workspace() / "cache",
-        )
+    rows = [
+        camus.select(table, split, patients=profile.patients)
         for split in ("training", options.split)
+    ]
+    images, metadata = sampling.read_synthetic(options.synthetic)
+    named = {options.synthetic: metadata, "training": rows[0], options.split: rows[1]}
+    for name, there in named.items():
+        if missing := _missing_classes(there):
+            raise DiffEchoError(
+                f"{name}: no frames of {', '.join(missing)}, and the classes are compared one by one; take a "
+                "folder and a set with all four (training and sampling do with fewer)"
+            )
+    geometry = data.Geometry(images.shape[-1], metadata.attrs["stretched"])
+    reference, held_out = (
+        data.load_frames(part, geometry, cache_dir=assets.workspace() / "cache") for part in rows
     )
     names = [str(options.synthetic / name) for name in metadata["file_name"]]
     metrics.check_images(images, names=names)
-    maps = sampling.read_label_maps(options.synthetic, metadata, profile.side)
+    maps = sampling.read_label_maps(options.synthetic, metadata, geometry.side)
     see, classes = _features(options), camus.class_index(metadata)
     values = metrics.panel(
         see(images),
@@ -242,7 +266,7 @@ def evaluate_command(options):
         held_out.table["patient"].to_numpy(),
     )
     judges = [
-        models.load_network(assets.checkpoint("camus", name))
+        models.load_network(assets.checkpoint("camus", name)).to(models.device())
         for name in ("segmenter", "classifier")
     ]
     mine = downstream.read_by_judges(judges, images, classes, maps)
@@ -264,8 +288,7 @@ def evaluate_command(options):
             world=table.attrs["world"],
             profile=profile.name,
             split=options.split,
-            command=f"python -m diffecho_utils evaluate --split {options.split} "
-            f"--profile {profile.name} --features {options.features}",
+            command=options.line,
         )
     if options.figure:
         figure = plots.panel(values)
@@ -277,19 +300,22 @@ def evaluate_command(options):
 
 def _features(options):
     """Images to features, by the network that `evaluate --features` names."""
-    from diffecho_utils import assets, metrics, models
+    from diffecho_utils import assets, data, metrics, models
 
     if options.features == "inception":
-        inception = metrics.load_inception(options.inception)
+        inception = metrics.load_inception(options.inception).to(models.device())
         return lambda images: metrics.inception_features(inception, images)
+    folder = assets.checkpoint("camus", options.features)
     if options.features == "classifier":
-        classifier = models.load_network(assets.checkpoint("camus", "classifier"))
+        classifier = models.load_network(folder).to(models.device())
         return lambda images: metrics.network_features(classifier, images)
     if options.features == "clip":
-        clip, _ = models.load_clip(assets.checkpoint("camus", "clip"))
+        clip = models.load_clip(folder)[0].to(models.device())
         return lambda images: metrics.clip_features(clip, images)
-    vae = models.load_autoencoder(options.autoencoder or assets.checkpoint("camus", "autoencoder"))
-    return lambda images: metrics.features(vae, images)
+    folder = options.autoencoder or folder
+    side = models.read_training(folder)["side"]
+    vae = models.load_autoencoder(folder).to(models.device())
+    return lambda images: metrics.features(vae, data.resized(images, side))
 
 
 def downstream_command(options):
@@ -304,16 +330,13 @@ def downstream_command(options):
     test_rows = camus.select(tests, options.test_split, patients=profile.patients)
     _enough(rows, options.patients, options.train_split, options.data)
     downstream.check_apart(rows, test_rows)
-    synthetic, stretched = None, options.stretch
+    synthetic, geometry = None, data.Geometry(profile.side, options.stretch)
     if options.synthetic:
         synthetic = sampling.read_frames(options.synthetic, profile.side)
         if options.task == "segmentation":
             downstream.check_label_maps(synthetic, options.synthetic)
-        stretched = sampling.read_settings(options.synthetic).get("stretched", stretched)
-    real, test = (
-        data.load_frames(r, profile.side, keep_aspect=not stretched, cache_dir=cache)
-        for r in (rows, test_rows)
-    )
+        geometry = synthetic
+    real, test = (data.load_frames(r, geometry, cache_dir=cache) for r in (rows, test_rows))
     arm, name = "real", options.synthetic and options.synthetic.name
     if synthetic is not None:
         arm = f"{name} alone" if options.synthetic_only else f"real + {options.share:g} {name}"
@@ -347,8 +370,7 @@ def downstream_command(options):
             profile=profile.name,
             split=options.test_split,
             seeds=range(options.seeds),
-            command=f"python -m diffecho_utils downstream {options.task} "
-            f"--train-split {options.train_split} --test-split {options.test_split}",
+            command=options.line,
         )
         print(f"wrote {options.json}")
 
@@ -373,7 +395,7 @@ def course_command(options):
 
     notebooks = sorted((assets.root() / "notebooks").glob("*.ipynb"))
     out = options.out or assets.workspace() / "course"
-    for folder in course.write(notebooks, out):
+    for folder in course.write(notebooks, out, options.revision):
         print(f"wrote {len(notebooks)} chapters to {folder}")
 
 
@@ -406,6 +428,24 @@ def _progress(unit):
     return progress
 
 
+def _number(kind, low, high=math.inf):
+    """A reader of numbers for argparse: of this kind, from `low` to `high`, so never NaN."""
+
+    def read(text):
+        value = kind(text)
+        if not low <= value <= high:
+            upper = "" if high == math.inf else f" and at most {high:g}"
+            raise argparse.ArgumentTypeError(f"{text}: must be at least {low:g}{upper}")
+        return value
+
+    read.__name__ = {int: "whole number", float: "number"}[kind]
+    return read
+
+
+_COUNT, _SEED = _number(int, 1), _number(int, 0, 2**32 - 1)
+_POSITIVE = _number(float, 1e-12, 1e6)
+
+
 def _parser():
     parser = argparse.ArgumentParser(prog="python -m diffecho_utils", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -417,8 +457,8 @@ def _parser():
 
     sub = command("phantom", phantom_command, "write a procedural stand-in for CAMUS")
     sub.add_argument("out", type=Path, metavar="OUT")
-    sub.add_argument("--patients", type=int, default=60)
-    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--patients", type=_COUNT, default=60)
+    sub.add_argument("--seed", type=_SEED, default=0)
     sub.add_argument(
         "--half-sequences", action="store_true", help="also write the ED-to-ES sequences"
     )
@@ -445,46 +485,58 @@ def _parser():
         "--accept-licence", action="store_true", help="accept CC BY-NC-SA 4.0 (without it: shown)"
     )
     sub.add_argument("--url", nargs="+", help="addresses of the zips; default: the official server")
-    sub.add_argument("--patients", type=int, default=500, help="how many must be in it")
+    sub.add_argument("--patients", type=_COUNT, default=500, help="how many must be in it")
 
     sub = command("prompts", prompts_command, "write the prompts of a folder's frames as a table")
     sub.add_argument("root", type=Path, metavar="ROOT")
     sub.add_argument("out", type=Path, metavar="OUT.csv")
     sub.add_argument("--template", default="clinical", choices=prompts.TEMPLATES)
 
-    sub = command("train", train_command, "train a network; interrupted runs go on with --resume")
+    sub = command("train", train_command, "train a network; interrupted runs go on when repeated")
     models = "autoencoder clip unconditional text text-seg sdm segmenter classifier".split()
     sub.add_argument("model", choices=models, metavar="MODEL", help=", ".join(models))
     sub.add_argument("--data", type=Path, required=True, metavar="ROOT")
-    sub.add_argument("--split", default="training", choices=camus.SPLITS)
+    sub.add_argument("--split", default="training", choices=_SPLITS)
     sub.add_argument("--profile", default="cpu")
     sub.add_argument("--out", type=Path, required=True, metavar="DIR")
     for needed in ("autoencoder", "clip", "text"):
         sub.add_argument(
             f"--{needed}", type=Path, metavar="DIR", help="default: the shipped one of this world"
         )
-    sub.add_argument("--resume", action="store_true")
     sub.add_argument(
-        "--steps", type=int, nargs="+", help="one number a stage; default: the profile's"
+        "--restart", action="store_true", help="throw away the run in DIR; default: it goes on"
     )
-    sub.add_argument("--batch", type=int)
-    sub.add_argument("--accumulation", type=int, help="batches to a step of the optimiser")
-    sub.add_argument("--learning-rate", type=float)
-    sub.add_argument("--ema", type=float, help="decay of the averaged weights")
+    sub.add_argument(
+        "--steps", type=_COUNT, nargs="+", help="one number a stage; default: the profile's"
+    )
+    sub.add_argument("--batch", type=_COUNT)
+    sub.add_argument("--accumulation", type=_COUNT, help="batches to a step of the optimiser")
+    sub.add_argument("--learning-rate", type=_POSITIVE)
+    sub.add_argument(
+        "--ema", type=_number(float, 0, 0.999999), help="decay of the averaged weights"
+    )
     sub.add_argument("--prediction", choices=("v_prediction", "epsilon"))
-    sub.add_argument("--snr-gamma", type=float, help="min-SNR weights of the timesteps, usually 5")
-    sub.add_argument("--minutes", type=float, help="as many steps as fit in this time, a stage")
+    sub.add_argument(
+        "--snr-gamma", type=_POSITIVE, help="min-SNR weights of the timesteps, usually 5"
+    )
+    sub.add_argument("--minutes", type=_POSITIVE, help="as many steps as fit in this time, a stage")
     sub.add_argument(
         "--start", type=Path, metavar="DIR", help="go on from this checkpoint's weights"
     )
     sub.add_argument(
         "--stretch", action="store_true", help="frames to squares, as re-packs do; default: padded"
     )
-    sub.add_argument("--latent-channels", type=int)
-    sub.add_argument("--width", type=float, help="networks so many times as wide as the profile's")
-    sub.add_argument("--views", type=int, help="cached copies of each frame, all but one jittered")
-    sub.add_argument("--patients", type=int, help="the first so many of the split only")
-    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--latent-channels", type=_COUNT)
+    sub.add_argument(
+        "--width",
+        type=_number(float, 0.05, 20),
+        help="networks so many times as wide as the profile's",
+    )
+    sub.add_argument(
+        "--views", type=_COUNT, help="cached copies of each frame, all but one jittered"
+    )
+    sub.add_argument("--patients", type=_COUNT, help="the first so many of the split only")
+    sub.add_argument("--seed", type=_SEED, default=0)
 
     sub = command(
         "sample", sample_command, "write a synthetic data set; interrupted runs go on when repeated"
@@ -493,30 +545,30 @@ def _parser():
     sub.add_argument("model", choices=models, metavar="MODEL", help=", ".join(models))
     sub.add_argument("--checkpoint", type=Path, required=True, metavar="DIR")
     sub.add_argument("--out", type=Path, required=True, metavar="DIR")
-    sub.add_argument("--n", type=int, default=50, help="images of each of the four classes")
+    sub.add_argument("--n", type=_COUNT, default=50, help="images of each of the four classes")
     sub.add_argument("--masks", type=Path, metavar="ROOT", help="a CAMUS folder: its label maps")
-    sub.add_argument("--split", default="training", choices=camus.SPLITS, help="of the label maps")
-    sub.add_argument("--patients", type=int, help="label maps of the first so many of the split")
+    sub.add_argument("--split", default="training", choices=_SPLITS, help="of the label maps")
+    sub.add_argument("--patients", type=_COUNT, help="label maps of the first so many of the split")
     sub.add_argument(
         "--template", choices=prompts.TEMPLATES, help="of the prompts; default: the paper's"
     )
     sub.add_argument(
         "--guidance",
-        type=float,
+        type=_number(float, 0, 1000),
         help="weight of the condition; 1: as trained; default: the checkpoint's",
     )
     sub.add_argument(
         "--guidance-interval",
-        type=int,
+        type=_number(int, 0, 999),
         nargs=2,
         metavar=("LOW", "HIGH"),
         help="timesteps of the guidance, 0 (picture) to 999 (noise); default: all",
     )
-    sub.add_argument("--steps", type=int, default=20, help="of the solver")
+    sub.add_argument("--steps", type=_number(int, 1, 1000), default=20, help="of the solver")
     sub.add_argument("--solver", default="DPM-Solver++", help="DDPM, DDIM, Euler, UniPC or this")
-    sub.add_argument("--batch", type=int, default=50, help="images drawn at a time")
+    sub.add_argument("--batch", type=_COUNT, default=50, help="images drawn at a time")
     sub.add_argument(
-        "--seed", type=int, default=0, help="seed of the first image; the next counts on"
+        "--seed", type=_SEED, default=0, help="seed of the first image; the next counts on"
     )
 
     sub = command(
@@ -547,19 +599,19 @@ def _parser():
     sub.add_argument("task", choices=("segmentation", "classification"))
     sub.add_argument("--data", type=Path, required=True, metavar="ROOT", help="a CAMUS folder")
     sub.add_argument("--synthetic", type=Path, metavar="DIR", help="a set that `sample` wrote")
-    sub.add_argument("--share", type=float, default=1.0, help="synthetic frames for a real one")
+    sub.add_argument("--share", type=_POSITIVE, default=1.0, help="synthetic frames for a real one")
     sub.add_argument("--synthetic-only", action="store_true", help="train on the set alone")
-    sub.add_argument("--train-split", default="training", choices=camus.SPLITS)
+    sub.add_argument("--train-split", default="training", choices=_SPLITS)
     sub.add_argument("--test-split", default="validation", choices=camus.SPLITS)
     sub.add_argument("--test-data", type=Path, metavar="ROOT", help="another folder to test on")
-    sub.add_argument("--patients", type=int, help="train on the first so many only")
+    sub.add_argument("--patients", type=_COUNT, help="train on the first so many only")
     sub.add_argument("--profile", default="cpu")
     sub.add_argument("--recipe", default="tuned", choices=("tuned", "paper"), help="segmentation")
     sub.add_argument("--network", default="small", help="classification: small, resnet18, ...")
     sub.add_argument(
         "--pretrained", action="store_true", help="classification: ImageNet weights (torchvision)"
     )
-    sub.add_argument("--steps", type=int, help="of the optimiser; default: the recipe's")
+    sub.add_argument("--steps", type=_COUNT, help="of the optimiser; default: the recipe's")
     sub.add_argument(
         "--match-epochs",
         action="store_true",
@@ -569,7 +621,7 @@ def _parser():
     sub.add_argument(
         "--stretch", action="store_true", help="frames to a square, as CAMUS's common re-packs"
     )
-    sub.add_argument("--seeds", type=int, default=1, help="so many runs, seeds 0, 1, ...")
+    sub.add_argument("--seeds", type=_COUNT, default=1, help="so many runs, seeds 0, 1, ...")
     sub.add_argument("--json", type=Path, metavar="FILE", help="write the runs as a record")
 
     sub = command("book", book_command, "execute the chapters and build the pages")
@@ -585,13 +637,16 @@ def _parser():
     sub.add_argument("--pdf", action="store_true", help="print the pages into one PDF file, too")
     sub.add_argument(
         "--jobs",
-        type=int,
+        type=_COUNT,
         metavar="N",
         help="so many chapters at the same time; default: as many as suit this machine",
     )
 
     sub = command("course", course_command, "copies of the chapters for students and teachers")
     sub.add_argument("--out", type=Path, metavar="DIR", help="default: _build/course")
+    sub.add_argument(
+        "--revision", metavar="TAG", help="tag or commit that they install; default: this commit"
+    )
     return parser
 
 

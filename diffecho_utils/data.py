@@ -19,7 +19,15 @@ from safetensors.torch import load_file, save_file
 
 from diffecho_utils import camus, prompts
 
-_CACHE_VERSION = 2  # raise when the preprocessing below changes
+_CACHE_VERSION = 3  # raise when the preprocessing below changes
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How frames become squares of `side` pixels: stretched, or padded with background."""
+
+    side: int
+    stretched: bool = False
 
 
 @dataclass(frozen=True)
@@ -40,6 +48,16 @@ class Frames:
         return Frames(self.images[rows], self.masks[rows], table)
 
     @property
+    def side(self):
+        """Pixels of the side of its images."""
+        return self.images.shape[-1]
+
+    @property
+    def stretched(self):
+        """Whether they were stretched to the square, or padded to it."""
+        return self.table.attrs.get("stretched", False)
+
+    @property
     def classes(self):
         """(N,) int64: index of each frame's view and phase in `camus.CLASSES`."""
         return torch.from_numpy(camus.class_index(self.table))
@@ -54,20 +72,22 @@ def joined(*parts):
     return Frames(images, masks, table)
 
 
-def load_frames(table, side, keep_aspect=True, cache_dir=None):
-    """Read, square and stack the frames of a table (`camus.read_table`) as `Frames` of `side` pixels.
+def load_frames(table, like, cache_dir=None):
+    """Read, square and stack the frames of a table (`camus.read_table`) as `Frames`.
 
-    With `cache_dir` the result is kept there and read back as long as the files (name, size, time)
+    like: whose geometry they get, anything with `side`, in pixels, and `stretched`, whether to the
+    square or padded to it (`to_square`): a profile, a network that is to read them (`models.Judge`,
+    `models.Generator`), other `Frames`, or a `Geometry`. With `cache_dir` the result is kept there and read back as long as the files (name, size, time)
     and the settings stay the same. Raises DiffEchoError for the first unusable file.
     """
-    key = [_CACHE_VERSION, side, keep_aspect]
+    key = [_CACHE_VERSION, like.side, not like.stretched]
     for path in [*table["image"], *table["label_map"]]:
         status = os.stat(path)
         key.append((str(path), status.st_size, status.st_mtime_ns))
 
     def make():
         with ThreadPoolExecutor() as pool:
-            arrays = list(pool.map(lambda row: _square(row, side, keep_aspect), table.itertuples()))
+            arrays = list(pool.map(lambda row: _square(row, like), table.itertuples()))
         images, masks, spacing = zip(*arrays, strict=True)
         return {
             "images": torch.stack(images),
@@ -78,7 +98,7 @@ def load_frames(table, side, keep_aspect=True, cache_dir=None):
     cached_ = cached(cache_dir, "frames", key, make)
     table = table.reset_index(drop=True)
     table[["lateral_mm", "depth_mm"]] = cached_["spacing"].numpy()
-    table.attrs["stretched"] = not keep_aspect
+    table.attrs["stretched"] = like.stretched
     return Frames(cached_["images"].float() / 127.5 - 1, cached_["masks"], table)
 
 
@@ -106,6 +126,13 @@ def to_square(image, mask, spacing, side, keep_aspect=True):
     return F.pad(image, padding), F.pad(mask, padding), scaled
 
 
+def resized(images, side):
+    """Images (N, 1, S, S) at another side, bilinearly with anti-aliasing; as they are where it is theirs."""
+    if images.shape[-1] == side:
+        return images
+    return F.interpolate(images, (side, side), mode="bilinear", antialias=True)
+
+
 # Amounts of `jitter` that leave a frame as it is.
 STILL = dict.fromkeys(("degrees", "shift", "zoom", "gain", "contrast"), 0.0)
 
@@ -123,17 +150,20 @@ def jitter(images, masks, drawn, degrees=8.0, shift=0.05, zoom=0.1, gain=0.15, c
     gain. No flips: a mirrored four-chamber view is an anatomy that does not exist (chapter 03
     measures what flips do). Works where `images` are, CPU or GPU.
     """
-    n = len(images)
-    turn, grow, right, down, brighter, stronger = drawn.to(images.device).unbind(1)
+    n, device = len(images), images.device
+    turn, grow, right, down, brighter, stronger = drawn.to(device).unbind(1)
     angle, scale = torch.deg2rad(turn * degrees), 1 + grow * zoom
     cos, sin = scale * torch.cos(angle), scale * torch.sin(angle)
     rows = [cos, -sin, 2 * shift * right, sin, cos, 2 * shift * down]
-    grid = F.affine_grid(torch.stack(rows, 1).reshape(n, 2, 3), images.shape, align_corners=False)
+    with torch.autocast(
+        device.type, enabled=False
+    ):  # half precision moves pixels by a third of one
+        matrices = torch.stack(rows, 1).reshape(n, 2, 3)
+        grid = F.affine_grid(matrices, images.shape, align_corners=False)
+    how = {"padding_mode": "zeros", "align_corners": False}
     zero = (images + 1) / 2  # pad with black, the value outside the sector
-    moved = F.grid_sample(zero, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-    labels = F.grid_sample(
-        masks[:, None].float(), grid, mode="nearest", padding_mode="zeros", align_corners=False
-    )
+    moved = F.grid_sample(zero, grid, mode="bilinear", **how)
+    labels = F.grid_sample(masks[:, None].float(), grid, mode="nearest", **how)
     factor, offset = 1 + stronger * contrast, brighter * gain
     sector = moved > 0.5 / 255  # the black surround stays black
     lit = (moved * factor.view(n, 1, 1, 1) + offset.view(n, 1, 1, 1) * sector).clamp(0, 1)
@@ -234,12 +264,17 @@ def save_tensors(path, tensors, facts=None):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file(tensors, beside, metadata=facts)
-    os.replace(beside, path)
+    try:
+        save_file(tensors, beside, metadata=facts)
+        os.replace(beside, path)
+    except SafetensorError as error:  # a full disk, for one
+        raise OSError(f"{path}: not written ({error})") from None
+    finally:
+        beside.unlink(missing_ok=True)
 
 
-def _square(row, side, keep_aspect):
+def _square(row, like):
     image, mask = camus.read_frame(row)
     spacing = (row.lateral_mm, row.depth_mm)
-    image, mask, spacing = to_square(image, mask, spacing, side, keep_aspect)
+    image, mask, spacing = to_square(image, mask, spacing, like.side, not like.stretched)
     return image.round().clamp(0, 255).to(torch.uint8)[None], mask, spacing

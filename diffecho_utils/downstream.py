@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from monai.metrics import compute_dice, compute_hausdorff_distance
 from torchmetrics.functional.classification import (
     accuracy,
@@ -49,7 +48,7 @@ def train_segmenter(
     *,
     seed=0,
     state=None,
-    resume=False,
+    restart=False,
     progress=print,
     recipe=None,
     as_paper=False,
@@ -79,7 +78,7 @@ def train_segmenter(
         tensors,
         recipe or profile.segmentation,
         state,
-        resume=resume,
+        restart=restart,
         seed=seed,
         progress=progress,
         watch=watch and (watch[0], lambda step: watch[1](step, network)),
@@ -263,16 +262,17 @@ def classification_run(
     that differ from the profile's. Probabilities of every test frame, the four classes' in the order
     of `camus.CLASSES`; `curve`, at `points` steps on the way the shares of test frames whose class,
     view and phase are recognised; and `classification_scores`. `running`: amounts of `data.jitter`,
-    state, resume and progress.
+    state, restart and progress.
     """
     torch.manual_seed(seed)
     chosen, stops = _plan(profile.classification, recipe or {}, steps, points)
     classifier, curve = classification_network(network, profile, pretrained), []
     if last is not None:
         classifier.freeze_all_but(last)
-    images, tests = (classification_shrunk(part.images, side) for part in (frames, test))
+    side = side or frames.images.shape[-1]
+    images, tests = (data.resized(part.images, side) for part in (frames, test))
     fitting = {
-        name: running.pop(name) for name in ("state", "resume", "progress") if name in running
+        name: running.pop(name) for name in ("state", "restart", "progress") if name in running
     }
 
     def look(step):
@@ -318,13 +318,6 @@ def classification_network(name, profile, pretrained=False):
     if name == "small":
         return models.build_classifier(profile)
     return models.Backbone(name, pretrained=pretrained)
-
-
-def classification_shrunk(images, side=None):
-    """Images (N, 1, S, S) at another side, anti-aliased; None: as they are."""
-    if side in (None, images.shape[-1]):
-        return images
-    return F.interpolate(images, (side, side), mode="bilinear", antialias=True)
 
 
 def classification_scores(probabilities, classes):

@@ -45,7 +45,7 @@ def ms_ssim(images, reference):
 
 
 def radial_spectrum(images):
-    """Mean power spectrum over direction: (frequencies in cycles a pixel, power in dB), each (H/2,).
+    """Mean power spectrum over direction: (frequencies in cycles a pixel, power in dB), each (H/2 - 1,).
 
     The images' means are removed and a Hann window keeps the borders out of it.
     """
@@ -166,9 +166,7 @@ def network_features(network, images, batch=64):
 @torch.no_grad()
 def clip_features(clip, images, batch=64):
     """Vectors of length 1 from the image tower of a CLIP (`models.load_clip`): (N, D) float64."""
-    device, side = clip.device, clip.config.vision_config.image_size
-    if images.shape[-1] != side:
-        images = F.interpolate(images, (side, side), mode="bilinear", antialias=True)
+    device, images = clip.device, data.resized(images, clip.config.vision_config.image_size)
     parts = [
         clip.visual_projection(clip.vision_model(pixel_values=part.to(device)).pooler_output).cpu()
         for part in images.split(batch)
@@ -204,10 +202,11 @@ def load_inception(weights=None):
 def inception_features(inception, images, batch=32):
     """What Inception-v3 (`load_inception`) sees in grey images as 8-bit RGB: (N, D) float64."""
     flags = {"return_features": True} if isinstance(inception, torch.jit.ScriptModule) else {}
-    parts = []
+    tensors = [*inception.parameters(), *inception.buffers()]  # a traced network may have neither
+    device, parts = tensors[0].device if tensors else images.device, []
     for part in images.split(batch):
-        grey = ((part.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-        parts.append(inception(grey.expand(-1, 3, -1, -1), **flags).flatten(1))
+        grey = ((part.to(device).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+        parts.append(inception(grey.expand(-1, 3, -1, -1), **flags).flatten(1).cpu())
     return torch.cat(parts).double().numpy()
 
 

@@ -14,12 +14,14 @@ import math
 import os
 import shutil
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import pandas as pd
 import torch
 import torch.nn.functional as F
 import transformers
+from accelerate import PartialState
 from diffusers import (
     AutoencoderKL,
     ControlNetModel,
@@ -43,7 +45,7 @@ from transformers import (
     CLIPVisionConfig,
 )
 
-from diffecho_utils import DiffEchoError, camus
+from diffecho_utils import DiffEchoError, camus, data
 
 transformers.utils.logging.disable_progress_bar()  # a bar for each file is noise in a page
 
@@ -52,6 +54,20 @@ CLIP_WEIGHTS = "model.safetensors"
 TOKENS = 48  # longest prompt, in tokens
 GENERATORS = ("unconditional", "text", "text-seg", "sdm")
 MONAI_NETWORKS = ("SPADEDiffusionModelUNet", "UNet", "ResNet")
+
+
+def processes():
+    """The processes of `accelerate launch`, on CUDA's devices or else the CPU; one without it.
+
+    Apple's GPUs were never tried here. The processes wait two hours for each other: one may
+    have a whole set to draw while the others are done.
+    """
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=2))
+
+
+def device():
+    """Where this process's networks run: its GPU, else the CPU."""
+    return processes().device
 
 
 def build_autoencoder(profile):
@@ -373,7 +389,10 @@ def count_parameters(module):
 
 
 class Unconditional(nn.Module):
-    """Four networks, one a class: `classes` (N,) says which; None: the only one there is."""
+    """Four networks, one a class: `classes` (N,) says which; None: the only one there is.
+
+    unets: in the order of `camus.CLASSES`, None for a class that was not trained.
+    """
 
     def __init__(self, unets):
         super().__init__()
@@ -496,7 +515,9 @@ class Generator:
     """What sampling needs: a denoiser, its noise schedule, the autoencoder, and the words' encoder.
 
     `text` is None for generators that read no prompts, `vae` for those that diffuse pixels.
-    `latent_shape` is (C, h, w) of one latent; `guidance` the scale its training.json recommends.
+    `latent_shape` is (C, h, w) of one latent; `guidance` the scale its training.json recommends;
+    `stretched` whether its frames were stretched to the square, or padded; `classes` indices into
+    `camus.CLASSES` of what it can draw.
     """
 
     model: str
@@ -506,6 +527,14 @@ class Generator:
     latent_shape: tuple[int, int, int]
     text: TextEncoder | None = None
     guidance: float = 1.0
+    stretched: bool = False
+    classes: tuple[int, ...] = tuple(range(len(camus.CLASSES)))
+
+    @property
+    def side(self):
+        """Pixels of the side of its images and label maps."""
+        halvings = len(self.vae.config.block_out_channels) - 1 if self.vae is not None else 0
+        return self.latent_shape[-1] * 2**halvings
 
     def to(self, device):
         """Move all its networks; returns the generator."""
@@ -550,18 +579,41 @@ def load_clip(folder):
     return _load(CLIPModel, folder), CLIPTokenizer.from_pretrained(folder, local_files_only=True)
 
 
+class Judge(nn.Module):
+    """A segmenter or classifier with the geometry of the frames that it learned to read.
+
+    Images (N, 1, H, W) of another size are resized to `side` pixels, and a segmenter's logits back.
+    `stretched`: whether its frames were stretched to the square, or padded; `data.load_frames(rows,
+    judge)` makes them so.
+    """
+
+    def __init__(self, network, side, stretched):
+        super().__init__()
+        self.network, self.side, self.stretched = network, side, stretched
+
+    def forward(self, images):
+        answer = self.network(data.resized(images, self.side))
+        if answer.ndim == 4 and answer.shape[-1] != images.shape[-1]:
+            answer = F.interpolate(answer, images.shape[-2:], mode="bilinear")
+        return answer
+
+
 def load_network(folder):
-    """The MONAI network (segmenter, classifier) in `folder`; errors as `load_autoencoder`."""
-    return _load(None, folder)
+    """The segmenter or classifier in `folder`, a `Judge`; errors as `load_autoencoder`."""
+    made = read_training(folder)
+    if "side" not in made:
+        raise DiffEchoError(f"{folder}: training.json names no side of its frames; train it again")
+    return Judge(_load(None, folder), made["side"], made.get("stretched", False)).eval()
 
 
 def take_weights(network, folder):
-    """Copy a checkpoint's weights into `network` wherever name and shape agree; refuse if few do.
+    """Copy a checkpoint's weights into `network` wherever name and shape agree; says how many did.
 
-    What is frozen in `network`, as the text model under its ControlNet, stays as it is.
+    What is frozen in `network`, as the text model under its ControlNet, stays as it is. Raises
+    DiffEchoError where fewer than half do.
     """
     stored = {}
-    for path in Path(folder).glob("**/*.safetensors"):
+    for path in _weights(folder):
         stored |= load_file(path)
     frozen = {name for name, p in network.named_parameters() if not p.requires_grad}
     wanted = {name: t for name, t in network.state_dict().items() if name not in frozen}
@@ -583,6 +635,7 @@ def take_weights(network, folder):
             "checkpoint of the same model and profile"
         )
     network.load_state_dict(taken, strict=False)
+    return f"started from {folder}: {len(taken)} of {len(wanted)} weights fit"
 
 
 def load_generator(folder):
@@ -598,10 +651,15 @@ def load_generator(folder):
     base = needed(folder, "text") if model == "text-seg" else folder
     pixels = model == "unconditional" and not made.get("needs")
     vae = None if pixels else load_autoencoder(needed(base, "autoencoder"))
-    text = None
+    text, there = None, tuple(range(len(camus.CLASSES)))
     if model == "unconditional":
-        unets = [_load(UNet2DModel, folder / name) for name in camus.CLASS_NAMES]
-        denoiser, config = Unconditional(unets), unets[0].config
+        trained = made.get("recipes", camus.CLASS_NAMES)
+        there = tuple(i for i, name in enumerate(camus.CLASS_NAMES) if name in trained)
+        unets = [
+            _load(UNet2DModel, folder / name) if index in there else None
+            for index, name in enumerate(camus.CLASS_NAMES)
+        ]
+        denoiser, config = Unconditional(unets), unets[there[0]].config
     elif model == "sdm":
         denoiser = SemanticDiffusion(_load(None, folder / "unet"))
         config = denoiser.unet.config
@@ -622,6 +680,8 @@ def load_generator(folder):
         (config["in_channels"], side, side),
         text,
         made.get("guidance", 1.0),
+        made.get("stretched", False),
+        there,
     )
 
 
@@ -663,7 +723,8 @@ def training_curve(training, stage):
         runs.insert(0, runs[0]["started_from"])
     for run in runs:
         recipe, log = run["recipes"][stage], pd.DataFrame(run["log"][stage])
-        log["images"] = seen + log["step"] * recipe["batch"] * recipe["accumulation"]
+        a_step = recipe["batch"] * recipe["accumulation"] * run.get("processes", 1)
+        log["images"] = seen + log["step"] * a_step
         log["hardware"] = run.get("hardware")
         seen = log["images"].iloc[-1]
         logs.append(log)
@@ -744,15 +805,21 @@ def _half(tensor):
 
 
 def _replace_folder(folder, write, training):
-    """Write a checkpoint's files beside `folder`, then move them in; other files there stay."""
+    """Write a checkpoint's files beside `folder`, then move them in; other files there stay.
+
+    training.json goes first and comes last: a folder without it was left in between, and the
+    training's state beside it still holds the weights.
+    """
     folder = Path(folder)
     beside = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     write(beside)
-    (beside / "training.json").write_text(json.dumps(training, indent=1) + "\n")
+    facts = beside / "training.json"
+    facts.write_text(json.dumps(training, indent=1) + "\n")
     folder.mkdir(parents=True, exist_ok=True)
-    for path in sorted(beside.iterdir(), key=lambda p: p.name == "training.json"):
+    (folder / facts.name).unlink(missing_ok=True)
+    for path in [*sorted(set(beside.iterdir()) - {facts}), facts]:
         target = folder / path.name
         if target.is_dir():
             shutil.rmtree(target)
@@ -764,9 +831,14 @@ def weights_digest(folder):
     """SHA-256 over the weights of a checkpoint, all its parts, in order of their names."""
     digest = hashlib.sha256()
     try:
-        for path in sorted(Path(folder).rglob("*.safetensors")):
-            if "state" not in path.relative_to(folder).parts:
-                digest.update(path.read_bytes())
+        for path in _weights(folder):
+            digest.update(path.read_bytes())
     except OSError as error:
         raise DiffEchoError(f"{folder}: unreadable ({error}); copy the checkpoint again") from None
     return digest.hexdigest()
+
+
+def _weights(folder):
+    """Files of a checkpoint's weights, in order of their names, without those of its training's state."""
+    files = sorted(Path(folder).rglob("*.safetensors"))
+    return [path for path in files if "state" not in path.relative_to(folder).parts]

@@ -6,7 +6,7 @@ paper: Stable Diffusion's own networks at 512 px.
 
 from dataclasses import dataclass, replace
 
-from diffecho_utils import DiffEchoError, assets, camus, phantom, results
+from diffecho_utils import DiffEchoError, assets, phantom, releases, results
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Profile:
 
     name: str
     side: int  # image side, pixels
+    stretched: bool  # frames to the square, or padded to it
     patients: int | None  # patients used of each split; None: all
     phantom_patients: int
     latent_channels: int
@@ -70,6 +71,7 @@ class Profile:
 _CPU = Profile(
     name="cpu",
     side=128,
+    stretched=False,
     patients=None,
     phantom_patients=60,
     latent_channels=16,
@@ -168,8 +170,8 @@ PROFILES = {
         jittered_views=16,
         pretrained="stable-diffusion-v1-5/stable-diffusion-v1-5",
         unconditional_pixels=128,
-        autoencoder=Recipe(steps=50000, batch=8, learning_rate=1e-4),
-        texture=Recipe(steps=50000, batch=8, learning_rate=1e-4),
+        autoencoder=Recipe(steps=50000, batch=8, learning_rate=1e-4, bf16=False),
+        texture=Recipe(steps=50000, batch=8, learning_rate=1e-4, bf16=False),
         clip=Recipe(steps=20000, batch=256, learning_rate=1e-4, weight_decay=0.1),
         unconditional=Recipe(
             steps=10000,
@@ -258,14 +260,14 @@ def get(name):
 def begin(name, data_root):
     """What a chapter works on: (profile, table of frames); prints which they are.
 
-    name: of a profile; empty: "gpu" where PyTorch finds one, else "cpu". data_root: a folder in CAMUS's
-    layout; empty: the profile's phantom, written where it is missing.
+    name: of a profile; empty: "gpu" where PyTorch finds one, else "cpu". data_root: CAMUS in any form
+    that `releases` knows; empty: the profile's phantom, written where it is missing.
     """
     import torch
 
     gpu = torch.cuda.is_available()
     profile = get(name or ("gpu" if gpu else "cpu"))
-    table = camus.read_table(data_root or phantom_folder(profile))
+    table = releases.open_table(data_root or phantom_folder(profile))
     world, patients = table.attrs["world"], table.patient.nunique()
     print(
         f"profile {profile.name}, {profile.side} px{'' if name else ' (chosen for this machine)'}\n"

@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from diffusers import (
     DDIMScheduler,
@@ -23,10 +22,12 @@ from diffusers import (
 )
 from PIL import Image, UnidentifiedImageError
 
-from diffecho_utils import DiffEchoError, camus, data, prompts, results
+from diffecho_utils import DiffEchoError, camus, data, models, prompts, results
 
 METADATA = ["file_name", "view", "phase", "prompt", "seed", "label_map"]
 
+
+ALL_CLASSES = tuple(range(len(camus.CLASSES)))
 
 # What each generator is told.
 CONDITIONS = {
@@ -127,18 +128,21 @@ def _check_conditions(generator, n, guidance, conditions):
     for name, values in conditions.items():
         if len(values) != n:
             raise DiffEchoError(f"{len(values)} {name} for {n} seeds; give one of each an image")
+    untrained = set(np.asarray(conditions.get("classes", [])).tolist()) - set(generator.classes)
+    if untrained:
+        names = [camus.CLASS_NAMES[index] for index in sorted(untrained)]
+        raise DiffEchoError(f"the generator was trained without frames of {', '.join(names)}")
     if guidance != 1 and generator.model == "unconditional":
         raise DiffEchoError(
             "the unconditional generator has no null condition; leave guidance at 1"
         )
     if "masks" not in conditions:
         return
-    factor = 2 ** (len(generator.vae.config.block_out_channels) - 1)
-    sides = tuple(factor * side for side in generator.latent_shape[1:])
+    sides = (generator.side, generator.side)
     if tuple(conditions["masks"].shape[1:]) != sides:
         raise DiffEchoError(
             f"label maps of {tuple(conditions['masks'].shape[1:])} pixels for images of {sides}; "
-            "resize them by nearest neighbour (`data.to_square`)"
+            "load them in the generator's geometry (`data.load_frames(rows, generator)`)"
         )
 
 
@@ -177,8 +181,8 @@ def told(model, frames):
     return {name: known[name] for name in CONDITIONS[model]}
 
 
-def plan(model, count, frames=None, template=None):
-    """What to draw: (table, masks) for `count` images of each class.
+def plan(model, count, frames=None, template=None, classes=ALL_CLASSES):
+    """What to draw: (table, masks) for `count` images of each of `classes`, indices into `camus.CLASSES`.
 
     table: view, phase and prompt of each image ("" for generators that read none); template: of the
     prompts, by default `TEMPLATES`. masks: (N, H, W)
@@ -186,8 +190,8 @@ def plan(model, count, frames=None, template=None):
     class by class in their order, over again where there are fewer than `count`.
     """
     template = template or TEMPLATES.get(model)
-    classes = np.repeat(np.arange(len(camus.CLASSES)), count)
-    table = pd.DataFrame([camus.CLASSES[c] for c in classes], columns=["view", "phase"])
+    pairs = [camus.CLASSES[index] for index in np.repeat(classes, count)]
+    table = pd.DataFrame(pairs, columns=["view", "phase"])
     wanted, masks = "prompts" in CONDITIONS[model], None
     if "masks" in CONDITIONS[model]:
         if frames is None:
@@ -196,9 +200,10 @@ def plan(model, count, frames=None, template=None):
             )
         there = frames.classes.numpy()
         rows = []
-        for index, name in enumerate(camus.CLASS_NAMES):
+        for index in classes:
             of_class = np.flatnonzero(there == index)
             if not len(of_class):
+                name = camus.CLASS_NAMES[index]
                 raise DiffEchoError(f"no label map of class {name} among {len(frames)} frames")
             rows.append(np.resize(of_class, count))
         rows = np.concatenate(rows)
@@ -236,7 +241,7 @@ def write_synthetic(
     """
     if solver not in SOLVERS:
         raise DiffEchoError(f"no solver {solver!r}; choose one of {', '.join(SOLVERS)}")
-    folder, n, state = Path(folder), len(table), processes()
+    folder, n, state = Path(folder), len(table), models.processes()
     known = {
         "classes": camus.class_index(table),
         "prompts": table["prompt"].to_numpy(),
@@ -260,7 +265,7 @@ def write_synthetic(
     settings = {"model": generator.model, "solver": solver, "steps": steps, "seed": seed}
     settings |= {"guidance": guidance}
     settings |= {"guidance_interval": guidance_interval and list(guidance_interval)}
-    settings |= {"planned": _plan_digest(metadata, masks), "generator": digest(generator)}
+    settings |= {"planned": plan_digest(metadata, masks), "generator": digest(generator)}
     counts = metadata.groupby(["view", "phase"], sort=False).size()
     described = {
         "settings": settings | (facts or {}),
@@ -299,11 +304,6 @@ def write_synthetic(
     if state.is_main_process:
         _finish(folder, metadata, described)
     return metadata
-
-
-def processes():
-    """The processes of `accelerate launch`, with or without GPUs; one without it."""
-    return PartialState(cpu=not torch.cuda.is_available())
 
 
 def _claim(folder, described, with_masks):
@@ -351,12 +351,13 @@ def _finish(folder, metadata, described):
     results.write_text(folder / "metadata.csv", metadata.to_csv(index=False))
 
 
-def read_synthetic(folder, side):
+def read_synthetic(folder, side=None):
     """(images, table) of a synthetic data set: (N, 1, side, side) float32 in [-1, 1], metadata.
 
-    Images of another size are resized with anti-aliasing, all of one size alike. Raises DiffEchoError
-    for a folder without metadata, classes that CAMUS does not have, missing or unreadable images,
-    colour images, and images of several sizes.
+    side: by default the images' own; larger ones are resized with anti-aliasing. The table's attrs say
+    whether the generator's frames were `stretched`. Raises DiffEchoError for a folder without metadata,
+    classes that CAMUS does not have, missing or unreadable images, colour images, images of several
+    sizes, and a side larger than theirs: enlarged ones would be compared with sharp ones.
     """
     folder = Path(folder)
     path = folder / "metadata.csv"
@@ -394,16 +395,28 @@ def read_synthetic(folder, side):
                 f"{folder / name}: mode {picture.mode}, expected 8-bit grey (L); convert it"
             )
         sizes.setdefault(picture.size, name)
-        array = np.asarray(picture, dtype=np.float32)
-        square, _, _ = data.to_square(array, np.zeros(array.shape), (1.0, 1.0), side)
-        images.append(square[None])
+        images.append(np.asarray(picture, dtype=np.float32))
     if len(sizes) > 1:
         found = ", ".join(f"{name} {w} x {h}" for (w, h), name in sizes.items())
         raise DiffEchoError(
             f"{folder}: images of several sizes ({found}); resize them all alike, since resizing "
             "changes every distance"
         )
-    return torch.stack(images) / 127.5 - 1, table
+    own = max(images[0].shape)
+    if side is not None and side > own:
+        raise DiffEchoError(
+            f"{folder}: images of {own} px, and {side} px are asked for; enlarging them would compare "
+            f"blur with speckle: take a profile of at most {own} px"
+        )
+    squares = [data.to_square(x, np.zeros(x.shape), (1.0, 1.0), side or own)[0] for x in images]
+    table.attrs["stretched"] = read_settings(folder).get("stretched") or False
+    return torch.stack(squares)[:, None] / 127.5 - 1, table
+
+
+def own_side(folder):
+    """Pixels of the longer side of a synthetic set's images."""
+    with Image.open(next(Path(folder).glob("images/*.png"))) as picture:
+        return max(picture.size)
 
 
 def read_label_maps(folder, table, side):
@@ -430,12 +443,14 @@ def read_label_maps(folder, table, side):
     return torch.stack(maps)
 
 
-def read_frames(folder, side):
+def read_frames(folder, side=None):
     """A synthetic set as `data.Frames`, its label maps all background where it has none.
 
-    The table has view, phase, prompt and seed; each image is a patient of its own.
+    The table has view, phase, prompt and seed; each image is a patient of its own. side and errors as in
+    `read_synthetic`.
     """
     images, table = read_synthetic(folder, side)
+    side = images.shape[-1]
     masks = read_label_maps(folder, table, side)
     if masks is None:
         masks = torch.zeros(len(images), side, side, dtype=torch.uint8)
@@ -474,8 +489,11 @@ def _save_grey(pixels, path):
     os.replace(beside, path)
 
 
-def _plan_digest(metadata, masks):
-    """What fixes the images beside the settings, in short: a set of another plan is another set."""
+def plan_digest(metadata, masks):
+    """What fixes the images beside the settings, in short: a set of another plan is another set.
+
+    metadata: a table of what is told of each image; masks: (N, H, W) uint8 label maps, or None.
+    """
     content = hashlib.sha256(metadata.to_csv(index=False).encode())
     if masks is not None:
         content.update(masks.numpy().tobytes())

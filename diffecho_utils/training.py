@@ -2,36 +2,34 @@
 
 Chapters 02 to 06. `fit` knows nothing of images: an objective (a module whose forward returns the
 loss) brings the network, and all randomness is a function of (seed, step). So a run that was
-interrupted ends with the very weights of one that was not, and two processes train what one
-process with twice the batch does.
+interrupted ends with the very weights of one that was not. Two processes train what one process with
+twice the batch does, except where a batch is more than its rows: CLIP compares the frames of one
+process, batch and spectral normalisation keep statistics, and dropout is each process's own.
 
-    python -m diffecho_utils train autoencoder --data ROOT --profile cpu --out DIR [--resume]
+    python -m diffecho_utils train autoencoder --data ROOT --profile cpu --out DIR
     accelerate launch -m diffecho_utils train text --data ROOT --autoencoder DIR --clip DIR --out DIR
 """
 
 import copy
-import dataclasses
+import hashlib
 import json
 import math
-import os
-import shutil
 import time
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from diffusers.training_utils import EMAModel
 from monai.losses import DiceCELoss, JukeboxLoss
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from diffecho_utils import DiffEchoError, assets, camus, data, models, prompts, results
+from diffecho_utils import DiffEchoError, assets, camus, data, models, profiles, prompts, results
 
 # Small movements only: how bright the samples are is one of the paper's claims, so gain stays as it
 # is, and the same for all four generators, so that only the conditioning differs.
@@ -269,6 +267,16 @@ class ClassificationObjective(nn.Module):
         return F.cross_entropy(self.network(moved).float(), labels), {}
 
 
+@dataclass(frozen=True)
+class Stage:
+    """One training of which a model may need several: what is minimised, on which tensors, and how."""
+
+    name: str
+    objective: nn.Module
+    tensors: dict
+    recipe: profiles.Recipe
+
+
 def train(
     model,
     frames,
@@ -276,7 +284,7 @@ def train(
     folder,
     *,
     needs=None,
-    resume=False,
+    restart=False,
     provenance=None,
     progress=print,
     seed=0,
@@ -287,78 +295,54 @@ def train(
 ):
     """Train `model`, one of `MODELS`, on `frames` (data.Frames) and save it in `folder`.
 
+    A run that was interrupted in `folder` goes on, if it is this one; restart: it is thrown away.
     minutes: as many steps as fit, by the speed of the first ones, instead of the recipe's; for a
     model of several stages, of each. start: a checkpoint to go on from, as fine-tuning does: its
     weights that have the name and the shape of this model's; default: random weights. needs: {name:
     folder} of the checkpoints it builds on: "autoencoder" (unconditional, text, sdm), "clip" (text),
     "text" (text-seg, which takes the autoencoder and CLIP from there). `settings` go to the
-    objective. Returns the log, a DataFrame with a row every few steps and the column stage.
+    objective. Returns the log, a DataFrame with a row every few steps and the column stage. Raises
+    DiffEchoError for what is missing, and where `folder` holds a run that was made from other things.
     """
-    if model not in MODELS:
-        raise DiffEchoError(f"no model {model!r}; train one of {', '.join(MODELS)}")
     folder, needs = Path(folder), dict(needs or {})
-    wanted = builds_on(model, profile)
-    missing = [name for name in wanted if name not in needs]
-    if missing:
-        raise DiffEchoError(
-            f"{model} builds on {missing}; train these first, and pass their folders"
-        )
+    wanted = _wanted(model, profile, needs)
+    started = None if start is None else models.read_training(start)
+    made_from = _made_from(model, frames, seed, wanted, start, settings)
     torch.manual_seed(seed)
-    logs, recipes, begun = [], {}, set()
-
-    def stage(name, objective, tensors, recipe):
-        """Run one training of which `model` may need several, resumable on its own."""
-        state = folder / "state" / name
-        if start is not None and not resume and objective.network not in begun:
-            part = Path(start) / name  # one of several networks, or the only one
-            models.take_weights(objective.network, part if part.is_dir() else start)
-        begun.add(objective.network)  # a later stage goes on with it
+    parts, logs, recipes, begun = [], [], {}, []
+    for stage in _stages(model, frames, profile, parts, needs, seed, cache_dir, settings):
+        state = folder / "state" / f"{stage.name}.safetensors"
+        network, known = stage.objective.network, None if restart else _known(state)
+        if start is not None and known is None and not any(network is n for n in begun):
+            part = Path(start) / stage.name  # one of several networks, or the only one
+            progress(models.take_weights(network, part if part.is_dir() else start))
+        begun.append(network)  # a later stage goes on with it
+        recipe = stage.recipe
         if minutes is not None:
-            known = _saved_steps(state) if resume else None
-            steps = known or steps_within(minutes, objective, tensors, recipe)
+            steps = known["recipe"]["steps"] if known else steps_within(minutes, stage)
             recipe = replace(recipe, steps=broadcast_object_list([steps])[0])
-            progress(f"{name}: {recipe.steps} steps fit in {minutes:g} minutes")
-        log = fit(objective, tensors, recipe, state, resume=resume, progress=progress, seed=seed)
-        objective.cpu()
-        logs.append(log.assign(stage=name))
-        recipes[name] = recipe
-
-    if model == "autoencoder":
-        parts, side = _autoencoder(frames, profile, stage, settings), None
-    elif model == "clip":
-        parts, side = _clip(frames, profile, stage, settings), None
-    elif model in ("segmenter", "classifier"):
-        parts, side = _judge(model, frames, profile, stage, settings), None
-    else:
-        base = models.needed if model == "text-seg" else lambda folder, name: needs[name]
-        if not wanted:
-            vae, frames = None, _shrunk(frames, profile.unconditional_pixels)
-        else:
-            autoencoder = base(needs.get("text"), "autoencoder")
-            vae = models.load_autoencoder(autoencoder).to(_device())
-            _check_latents(vae, autoencoder, frames, profile)
-        views = data.latent_views(vae, frames, profile.jittered_views, seed, cache_dir, **JITTER)
-        side = views["latents"].shape[-1]
-        if model == "unconditional":
-            parts = _unconditional(frames, profile, views, stage, settings)
-        elif model == "sdm":
-            unet, scheduler = (
-                models.build_sdm(profile),
-                models.build_scheduler(profile.sdm.prediction),
-            )
-            objective = _diffusion(models.SemanticDiffusion(unet), scheduler, profile.sdm, settings)
-            stage(model, objective, views, profile.sdm)
-            parts = [("unet", unet), ("scheduler", scheduler)]
-        else:
-            clip = base(needs.get("text"), "clip")
-            parts = _text(model, frames, profile, views, clip, needs.get("text"), stage, settings)
+            progress(f"{stage.name}: {recipe.steps} steps fit in {minutes:g} minutes")
+        log = fit(
+            stage.objective,
+            stage.tensors,
+            recipe,
+            state,
+            restart=restart,
+            progress=progress,
+            seed=seed,
+            made_from=made_from,
+        )
+        stage.objective.cpu()
+        logs.append(log.assign(stage=stage.name))
+        recipes[stage.name] = recipe
     log = pd.concat(logs, ignore_index=True)
     training = _training(model, frames, profile, recipes, log, provenance, seed)
-    training |= {"latent_side": side} if side else {}
-    if start is not None:
-        training["started_from"] = models.read_training(start)
-    if PartialState().is_main_process:
-        models.save(parts, folder, training, {name: needs[name] for name in wanted})
+    if model in models.GENERATORS:
+        training["latent_side"] = stage.tensors["latents"].shape[-1]
+    if started is not None:
+        training["started_from"] = started
+    if models.processes().is_main_process:
+        models.save(parts, folder, training, wanted)
     return log
 
 
@@ -366,34 +350,37 @@ def from_scratch(model, table, profile, progress=print):
     """Train `model` by the profile's whole recipe on `table`'s training patients: its folder.
 
     What a chapter does with `train_from_scratch = True`. It stands on the shipped checkpoints that it
-    builds on, and takes its size of images and latents from them. Kept in the workspace: interrupted,
-    it goes on when called again; done, it is only named.
+    builds on, and takes its size of images and latents from them. Kept in the workspace, one folder
+    for each set of patients: interrupted, it goes on when called again; done, it is only named.
     """
-    world = table.attrs["world"]
-    folder = assets.workspace() / "trained" / f"{world}-{profile.name}" / model
+    rows = camus.select(table, "training", patients=profile.patients)
+    who = hashlib.sha256("\n".join([table.attrs["root"], *rows["patient"]]).encode()).hexdigest()[
+        :8
+    ]
+    kept = assets.workspace() / "trained"
+    folder = kept / f"{table.attrs['world']}-{profile.name}-{who}" / model
     if (folder / "training.json").exists():
         return folder
     needs = {name: assets.checkpoint("camus", name) for name in builds_on(model, profile)}
-    if needs:
+    if needs:  # the geometry of the frames that the shipped networks learned from
         shipped = models.load_generator(assets.checkpoint("camus", model))
-        channels, side = shipped.latent_shape[:2]
-        profile = replace(profile, latent_channels=channels, side=8 * side)
+        profile = replace(
+            profile,
+            latent_channels=shipped.latent_shape[0],
+            side=shipped.side,
+            stretched=shipped.stretched,
+        )
     if "clip" in needs:
         width = models.load_clip(needs["clip"])[0].config.text_config.hidden_size
         profile = replace(profile, clip_width=width)
-    rows = camus.select(table, "training", patients=profile.patients)
     cache = assets.workspace() / "cache"
-    # Stretched to a square, as the frames were that the shipped networks learned from
-    frames = data.load_frames(rows, profile.side, keep_aspect=False, cache_dir=cache)
-    line = f"training.from_scratch({model!r}), profile {profile.name}"
     train(
         model,
-        frames,
+        data.load_frames(rows, profile, cache_dir=cache),
         profile,
         folder,
         needs=needs,
-        resume=True,
-        provenance=results.provenance(line),
+        provenance=results.provenance(f"training.from_scratch({model!r}), profile {profile.name}"),
         progress=progress,
         cache_dir=cache,
     )
@@ -406,91 +393,139 @@ def builds_on(model, profile):
     return () if in_pixels else MODELS[model]
 
 
-def steps_within(minutes, objective, tensors, recipe, probe=30):
-    """Steps of `recipe` that take so many minutes here: 9 tenths of what a copy's `probe` steps tell."""
-    copied, seconds = copy.deepcopy(objective), []
-    for steps in (5, probe):  # the first steps are slow and do not count
-        started = time.monotonic()
-        fit(copied, tensors, replace(recipe, steps=steps, warmup=1), None, progress=lambda _: None)
-        seconds.append(time.monotonic() - started)
-    return max(1, int(0.9 * (60 * minutes - sum(seconds)) / (seconds[1] / probe)))
+def _wanted(model, profile, needs):
+    """{name: folder} of the checkpoints that `model` builds on; DiffEchoError where one is missing."""
+    if model not in MODELS:
+        raise DiffEchoError(f"no model {model!r}; train one of {', '.join(MODELS)}")
+    names = builds_on(model, profile)
+    missing = [name for name in names if name not in needs]
+    if missing:
+        raise DiffEchoError(
+            f"{model} builds on {missing}; train these first, and pass their folders"
+        )
+    return {name: needs[name] for name in names}
 
 
-def _saved_steps(state):
-    """Steps of the recipe whose state lies in the folder `state`; None where there is none."""
-    path = Path(state) / "state.json"
-    return json.loads(path.read_text())["recipe"]["steps"] if path.exists() else None
+def _made_from(model, frames, seed, needs, start, settings):
+    """What fixes a run beside its recipe: a state that was made from anything else is another run's."""
+    table, content = frames.table, hashlib.sha256(frames.masks.numpy())
+    content.update(table[["patient", "view", "phase"]].to_csv(index=False).encode())
+    return {
+        "model": model,
+        "seed": seed,
+        "world": table.attrs.get("world"),
+        "splits": _splits(table),
+        "stretched": frames.stretched,
+        "frames": content.hexdigest()[:16],
+        "start": start and models.weights_digest(start)[:16],
+        "settings": {name: repr(value) for name, value in settings.items()},
+    } | {name: models.weights_digest(folder)[:16] for name, folder in needs.items()}
 
 
-def _autoencoder(frames, profile, stage, settings):
+def _stages(model, frames, profile, parts, needs, seed, cache_dir, settings):
+    """The trainings of `model`, each to be run before the next is asked for.
+
+    What is to be saved is appended to `parts`: pairs of a subfolder and a network.
+    """
+    if model == "autoencoder":
+        return _autoencoder(frames, profile, parts, settings)
+    if model == "clip":
+        return _clip(frames, profile, parts, settings)
+    if model in ("segmenter", "classifier"):
+        return _judge(model, frames, profile, parts, settings)
+    if not builds_on(model, profile):
+        vae, frames = None, _shrunk(frames, profile.unconditional_pixels)
+    else:
+        folder = needs.get("autoencoder") or models.needed(needs["text"], "autoencoder")
+        vae = models.load_autoencoder(folder).to(models.device())
+        _check_latents(vae, folder, frames, profile)
+    views = data.latent_views(vae, frames, profile.jittered_views, seed, cache_dir, **JITTER)
+    if model == "unconditional":
+        return _unconditional(frames, profile, views, parts, settings)
+    if model == "sdm":
+        return _sdm(profile, views, parts, settings)
+    return _text(model, frames, profile, views, needs, parts, settings)
+
+
+def _autoencoder(frames, profile, parts, settings):
     vae, discriminator = models.build_autoencoder(profile), models.build_discriminator()
     tensors = {"images": frames.images}
     objective = ReconstructionObjective(vae, profile.crop)
-    stage("reconstruction", objective, tensors, profile.autoencoder)
+    yield Stage("reconstruction", objective, tensors, profile.autoencoder)
     objective = TextureObjective(vae, discriminator, profile.crop, **settings)
-    stage("texture", objective, tensors, profile.texture)
+    yield Stage("texture", objective, tensors, profile.texture)
     deviation = data.encode(vae, frames.images[:: max(1, len(frames) // 400)]).std().item()
     vae.register_to_config(scaling_factor=1 / deviation)
-    return [("", vae)]
+    parts.append(("", vae))
 
 
-def _clip(frames, profile, stage, settings):
+def _clip(frames, profile, parts, settings):
     tokenizer = models.build_tokenizer(prompts.every())
     clip = models.build_clip(profile, tokenizer)
     texts, ids = data.prompt_table(frames, TEMPLATES)
     objective = ContrastiveObjective(clip, models.tokens(tokenizer, texts), **settings)
     tensors = {"images": frames.images, "masks": frames.masks, "prompts": ids}
-    stage("clip", objective, tensors, profile.clip)
-    return [("", clip), ("", tokenizer)]
+    yield Stage("clip", objective, tensors, profile.clip)
+    parts += [("", clip), ("", tokenizer)]
 
 
-def _judge(model, frames, profile, stage, settings):
+def _judge(model, frames, profile, parts, settings):
     """A network that reads frames, real or generated: what chapters 02 to 08 measure with."""
     tensors = {"images": frames.images, "masks": frames.masks}
     if model == "segmenter":
         network, recipe = models.build_segmenter(profile), profile.segmentation
-        stage(model, SegmentationObjective(network, **settings), tensors, recipe)
+        yield Stage(model, SegmentationObjective(network, **settings), tensors, recipe)
     else:
         network, recipe = models.build_classifier(profile), profile.classification
         tensors["labels"] = frames.classes
-        stage(model, ClassificationObjective(network, **settings), tensors, recipe)
-    return [("", network)]
+        yield Stage(model, ClassificationObjective(network, **settings), tensors, recipe)
+    parts.append(("", network))
 
 
-def _unconditional(frames, profile, views, stage, settings):
-    """One network a class, as in the paper."""
-    recipe, parts = profile.unconditional, []
+def _unconditional(frames, profile, views, parts, settings):
+    """One network a class, as in the paper; of the classes that there are frames of."""
+    recipe = profile.unconditional
     scheduler = models.build_scheduler(recipe.prediction)
+    parts.append(("scheduler", scheduler))
     classes = frames.classes.repeat(len(views["latents"]) // len(frames))
     for index, name in enumerate(camus.CLASS_NAMES):
         unet = models.build_unconditional(profile)
+        if not (classes == index).any():
+            continue
         objective = _diffusion(models.Unconditional([unet]), scheduler, recipe, settings)
-        stage(name, objective, {"latents": views["latents"][classes == index]}, recipe)
+        yield Stage(name, objective, {"latents": views["latents"][classes == index]}, recipe)
         parts.append((name, unet))
-    return [*parts, ("scheduler", scheduler)]
 
 
-def _text(model, frames, profile, views, clip, text, stage, settings):
-    """The text model; or, on the frozen one in the folder `text`, its ControlNet."""
-    templates = settings.pop("templates", TEMPLATES)
-    texts, ids = data.prompt_table(frames, templates)
+def _sdm(profile, views, parts, settings):
+    unet, scheduler = models.build_sdm(profile), models.build_scheduler(profile.sdm.prediction)
+    objective = _diffusion(models.SemanticDiffusion(unet), scheduler, profile.sdm, settings)
+    yield Stage("sdm", objective, views, profile.sdm)
+    parts += [("unet", unet), ("scheduler", scheduler)]
+
+
+def _text(model, frames, profile, views, needs, parts, settings):
+    """The text model; or, on the frozen one in the folder needs["text"], its ControlNet."""
+    settings = dict(settings)
+    texts, ids = data.prompt_table(frames, settings.pop("templates", TEMPLATES))
+    clip = needs["clip"] if model == "text" else models.needed(needs["text"], "clip")
     states = models.TextEncoder(clip)(texts)
     tensors = {"latents": views["latents"]}
     tensors["prompts"] = ids.repeat(len(views["latents"]) // len(frames), 1)
     if model == "text":
         unet, recipe = models.build_text_unet(profile), profile.text
         denoiser, scheduler = models.TextGuided(unet), models.build_scheduler(recipe.prediction)
-        parts = [("unet", unet), ("scheduler", scheduler)]
+        parts += [("unet", unet), ("scheduler", scheduler)]
     else:
-        frozen = models.load_generator(text)
+        frozen = models.load_generator(needs["text"])
         unet, scheduler = frozen.denoiser.unet, frozen.scheduler
         controlnet = models.build_controlnet(unet)
         denoiser = models.TextSegmentationGuided(unet, controlnet)
         recipe = replace(profile.text_seg, prediction=scheduler.config.prediction_type)
         tensors["masks"] = views["masks"]
-        parts = [("controlnet", controlnet)]
-    stage(model, _diffusion(denoiser, scheduler, recipe, settings, states), tensors, recipe)
-    return parts
+        parts.append(("controlnet", controlnet))
+    objective = _diffusion(denoiser, scheduler, recipe, settings, states)
+    yield Stage(model, objective, tensors, recipe)
 
 
 def _diffusion(denoiser, scheduler, recipe, settings, states=None):
@@ -517,8 +552,15 @@ def _check_latents(vae, folder, frames, profile):
         )
 
 
-def _device():
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def steps_within(minutes, stage, probe=30):
+    """Steps of a `Stage` that take so many minutes here: 9 tenths of what a copy's `probe` steps tell."""
+    copied, seconds = copy.deepcopy(stage.objective), []
+    for steps in (5, probe):  # the first steps are slow and do not count
+        started = time.monotonic()
+        brief = replace(stage.recipe, steps=steps, warmup=1)
+        fit(copied, stage.tensors, brief, None, progress=lambda _: None)
+        seconds.append(time.monotonic() - started)
+    return max(1, int(0.9 * (60 * minutes - sum(seconds)) / (seconds[1] / probe)))
 
 
 def fit(
@@ -527,26 +569,33 @@ def fit(
     recipe,
     state,
     *,
-    resume=False,
+    restart=False,
     seed=0,
     progress=print,
-    stop_after=None,
     watch=None,
+    made_from=None,
 ):
     """Train `objective` for `recipe.steps` steps; its network ends with the averaged (EMA) weights.
 
     objective: module with `network`, `draw(batch, generator)` -> dict of random tensors, and
     `forward(**batch, **drawn)` -> (loss, its parts); tensors: dict of equally long tensors, indexed
-    by the batch; state: folder of the resumable state, or None to keep none. A process sees
-    `recipe.batch` rows a step, all processes together one epoch after the other in an order that
-    `seed` fixes. `progress` is given a line of text now and then. `stop_after` ends early after that
-    step as an interruption would. watch: (steps, look); after each of those steps `look(step)` finds
-    the averaged weights in the network. Returns a DataFrame: step, loss and its parts, learning_rate,
-    images_per_second, seconds. Raises DiffEchoError for a loss that is not finite; the last good state stays.
+    by the batch; state: file (safetensors) of the resumable state, or None to keep none; a run that
+    left one there goes on from it, unless `restart`. A process sees `recipe.batch` rows a step, all
+    processes together one epoch after the other in an order that `seed` fixes. `progress` is given a
+    line of text now and then. watch: (steps, look); after each of those steps `look(step)` finds the
+    averaged weights in the network. made_from: further names and values that the state's run must
+    share. The caller's random numbers stay as they are.
+
+    Returns a DataFrame: step, loss and its parts, gradient_norm (before clipping), learning_rate,
+    images_per_second, seconds. Raises DiffEchoError for a loss or a gradient that is not finite (the last
+    good state stays), for a state of another run, and for want of memory.
     """
-    accelerator = Accelerator(gradient_accumulation_steps=recipe.accumulation)
-    half = recipe.bf16 and accelerator.device.type == "cuda"
-    half = half and torch.cuda.is_bf16_supported(including_emulation=False)  # not on a T4
+    models.processes()
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),
+        mixed_precision="no",  # the recipe says it, and not the environment
+        gradient_accumulation_steps=recipe.accumulation,
+    )
     trained = [parameter for parameter in objective.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
         trained,
@@ -556,95 +605,143 @@ def fit(
     )
     averaged = [p for p in objective.network.parameters() if p.requires_grad]
     ema = EMAModel(averaged, decay=recipe.ema, foreach=True)
+    identity = {"recipe": asdict(recipe), "processes": accelerator.num_processes, "seed": seed}
+    identity |= made_from or {}
     step, rows = 0, []
-    if resume and state is not None and (Path(state) / "state.json").exists():
-        step, rows = _load_state(state, objective, optimizer, ema, recipe)
+    if state is not None and not restart and Path(state).exists():
+        step, rows = _load_state(state, objective, optimizer, ema, identity)
         progress(f"resumed at step {step} of {recipe.steps}")
+    saved = step
     objective.to(memory_format=torch.channels_last)  # convolutions are faster in it
     wrapped, optimizer = accelerator.prepare(objective, optimizer)
     ema.to(accelerator.device)
     tensors = {name: tensor.to(accelerator.device) for name, tensor in tensors.items()}
     objective.train()
-
-    def save():
-        if state is not None and accelerator.is_main_process:
-            _save_state(state, objective, optimizer, ema, recipe, step, rows)
-
+    update = _updating(accelerator, wrapped, optimizer, trained, recipe)
+    if accelerator.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     totals, since, told = {}, step, time.monotonic()
-    end = recipe.steps if stop_after is None else min(stop_after, recipe.steps)
-    try:
-        while step < end:
+    with _stops(recipe, state, accelerator, progress, lambda: (step, saved)), _fork(accelerator):
+        while step < recipe.steps:
             rate = learning_rate(step, recipe)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            for micro in _micro_batches(objective, tensors, recipe, step, seed, accelerator):
-                with accelerator.accumulate(wrapped):
-                    with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=half):
-                        loss, parts = wrapped(**micro)
-                    accelerator.backward(loss)
-                    if accelerator.sync_gradients:
-                        accelerator.clip_grad_norm_(trained, recipe.clip)
-                    optimizer.step()
-                    optimizer.zero_grad()
-                for name, value in {"loss": loss, **parts}.items():
-                    totals[name] = totals.get(name, 0) + value.detach() / recipe.accumulation
+            torch.manual_seed(_dropout_seed(seed, step, accelerator.process_index))
+            batches = _micro_batches(objective, tensors, recipe, step, seed, accelerator)
+            for name, value in update(batches, rate).items():
+                totals[name] = totals.get(name, 0) + value
             step += 1
-            ema.step([p for p in objective.network.parameters() if p.requires_grad])
+            ema.step(averaged)
             if watch is not None and step in watch[0]:
                 paused = time.monotonic()
                 with _averaged(objective, ema, averaged):
                     watch[1](step)
                 told += time.monotonic() - paused
-            now = time.monotonic()
-            if step == end or step % recipe.save_every == 0 or (step - since) * 20 >= recipe.steps:
-                means = {name: float(total) / (step - since) for name, total in totals.items()}
-                if not math.isfinite(means["loss"]):
-                    raise DiffEchoError(
-                        f"the loss is {means['loss']} between steps {since + 1} and {step}; "
-                        f"{state or 'no state'} keeps the last good state: lower the learning rate "
-                        f"({recipe.learning_rate:g}) and resume"
-                    )
-                seen = (
-                    (step - since) * recipe.batch * recipe.accumulation * accelerator.num_processes
-                )
-                speed = seen / (now - told)
-                rows.append({"step": step} | means)
-                rows[-1] |= {
-                    "learning_rate": rate,
-                    "images_per_second": speed,
-                    "seconds": now - told,
-                }
+            due = step == recipe.steps or step % recipe.save_every == 0
+            if due or (step - since) * 20 >= recipe.steps:
+                row = _row(totals, since, step, time.monotonic() - told, rate, recipe, accelerator)
+                _check_finite(row, since, recipe, state)
+                rows.append(row)
                 if accelerator.is_main_process:
-                    left = (recipe.steps - step) * (now - told) / (step - since)
-                    progress(
-                        f"step {step:>5}/{recipe.steps}  loss {means['loss']:.4f}  "
-                        f"{speed:.0f} images/s  {left / 60:.1f} min left"
-                    )
-                totals, since, told = {}, step, now
-                if step % recipe.save_every == 0 or step == end:
-                    save()
-    except (
-        RuntimeError
-    ) as error:  # a GPU's OutOfMemoryError is one, a CPU's has no class of its own
+                    progress(_line(row, since, recipe))
+                totals, since, told = {}, step, time.monotonic()
+            if due and state is not None:
+                if accelerator.is_main_process:
+                    _save_state(state, objective, optimizer, ema, identity, step, rows)
+                saved = step
+    ema.copy_to(averaged)
+    objective.network.eval()
+    objective.to(memory_format=torch.contiguous_format)
+    accelerator.wait_for_everyone()
+    return pd.DataFrame(rows)
+
+
+def _updating(accelerator, wrapped, optimizer, trained, recipe):
+    """A function of (pieces of a batch, learning rate) that takes one step of the optimiser.
+
+    It returns the means of the loss, of its parts and the gradient's norm, as tensors.
+    """
+    half = recipe.bf16 and accelerator.device.type == "cuda"
+    half = half and torch.cuda.is_bf16_supported(including_emulation=False)  # not on a T4
+
+    def update(batches, rate):
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        means = {}
+        for batch in batches:
+            with accelerator.accumulate(wrapped):
+                with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=half):
+                    loss, parts = wrapped(**batch)
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    norm = accelerator.clip_grad_norm_(trained, recipe.clip)
+                optimizer.step()
+                optimizer.zero_grad()
+            for name, value in {"loss": loss, **parts}.items():
+                means[name] = means.get(name, 0) + value.detach() / recipe.accumulation
+        return means | {"gradient_norm": norm}
+
+    return update
+
+
+def _row(totals, since, step, seconds, rate, recipe, accelerator):
+    """A row of the log: means since the last one, and how fast it went."""
+    seen = (step - since) * recipe.batch * recipe.accumulation * accelerator.num_processes
+    means = {name: float(total) / (step - since) for name, total in totals.items()}
+    speed = {"images_per_second": seen / seconds, "seconds": seconds}
+    return {"step": step} | means | {"learning_rate": rate} | speed
+
+
+def _check_finite(row, since, recipe, state):
+    """Raise DiffEchoError for a loss or a gradient that is not finite, before anything is saved."""
+    for name in ("loss", "gradient_norm"):
+        if not math.isfinite(row[name]):
+            raise DiffEchoError(
+                f"the {name.replace('_', ' ')} is {row[name]} between steps {since + 1} and "
+                f"{row['step']}; {state or 'no state'} keeps the last good state: lower the learning "
+                f"rate ({recipe.learning_rate:g}) and begin again"
+            )
+
+
+def _line(row, since, recipe):
+    left = (recipe.steps - row["step"]) * row["seconds"] / (row["step"] - since)
+    return (
+        f"step {row['step']:>5}/{recipe.steps}  loss {row['loss']:.4f}  "
+        f"{row['images_per_second']:.0f} images/s  {left / 60:.1f} min left"
+    )
+
+
+@contextmanager
+def _stops(recipe, state, accelerator, progress, where):
+    """Say in words what an interruption leaves, and what to do where memory ends.
+
+    where: returns (the steps done, those of the last save).
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        # A GPU's OutOfMemoryError is one, a CPU's has no class of its own
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate" not in str(error):
             raise
         raise DiffEchoError(
-            f"out of memory in step {step + 1} with {recipe.batch} images at once on "
+            f"out of memory in step {where()[0] + 1} with {recipe.batch} images at once on "
             f"{accelerator.device}; halve the batch (--batch) and double the recipe's accumulation, or "
             f"take a smaller profile; {state or 'no state'} keeps the last good state"
         ) from error
     except KeyboardInterrupt:
+        step, saved = where()
+        kept = f"{state} keeps step {saved}; the same command goes on from there"
         if state is not None:
             progress(
-                f"interrupted at step {step}; resume from the state of the last save in {state}"
+                f"interrupted at step {step}; {kept if saved else 'nothing was saved before it'}"
             )
         raise
-    if step == recipe.steps:
-        ema.copy_to([p for p in objective.network.parameters() if p.requires_grad])
-        objective.network.eval()
-    objective.to(memory_format=torch.contiguous_format)
-    accelerator.wait_for_everyone()
-    return pd.DataFrame(rows)
+
+
+@contextmanager
+def _fork(accelerator):
+    """The caller's random numbers as they were, afterwards."""
+    devices = [accelerator.device] if accelerator.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        yield
 
 
 @contextmanager
@@ -675,22 +772,30 @@ def _micro_batches(objective, tensors, recipe, step, seed, accelerator):
     pieces = recipe.accumulation * accelerator.num_processes
     size = recipe.batch * pieces
     n = len(next(iter(tensors.values())))
-    positions = torch.arange(step * size, (step + 1) * size)
-    epochs = {int(e): _generator(seed, 1, int(e)) for e in (positions // n).unique()}
-    orders = {epoch: torch.randperm(n, generator=generator) for epoch, generator in epochs.items()}
-    rows = torch.stack([orders[int(p // n)][p % n] for p in positions])
+    first, last = step * size // n, ((step + 1) * size - 1) // n
+    orders = [torch.randperm(n, generator=_generator(seed, 1, e)) for e in range(first, last + 1)]
+    rows = torch.cat(orders)[step * size - first * n :][:size]
     batch = {name: tensor[rows.to(tensor.device)] for name, tensor in tensors.items()}
     drawn = objective.draw(batch, _generator(seed, 0, step))
     batch |= {name: tensor.to(accelerator.device) for name, tensor in drawn.items()}
-    first = accelerator.process_index * recipe.accumulation
-    for piece in range(first, first + recipe.accumulation):
+    own = accelerator.process_index * recipe.accumulation
+    for piece in range(own, own + recipe.accumulation):
         part = slice(piece * recipe.batch, (piece + 1) * recipe.batch)
         yield {name: tensor[part] for name, tensor in batch.items()}
 
 
 def _generator(seed, stream, index):
     """Independent random numbers for each (seed, stream, index), the same on every device."""
-    return torch.Generator().manual_seed((seed * 2 + stream) * 1_000_003 + index)
+    return torch.Generator().manual_seed(_seed(seed, stream, index))
+
+
+def _seed(seed, stream, index):
+    return (seed * 2 + stream) * 1_000_003 + index
+
+
+def _dropout_seed(seed, step, process):
+    """Of what a network draws itself: another one than those above, and each process its own."""
+    return 2**40 * (1 + process) + _seed(seed, 0, step)
 
 
 def _draw_crops(batch, crop, generator):
@@ -720,47 +825,38 @@ def _deviations(images):
     return torch.stack(found, 1)
 
 
-def _save_state(state, objective, optimizer, ema, recipe, step, rows):
-    """Write weights, optimiser, averages (safetensors) and the rest (JSON) beside, then swap them in."""
+def _save_state(path, objective, optimizer, ema, identity, step, rows):
+    """Write weights, optimiser and averages, and in the header the rest, as one file, whole or not."""
     tensors = {f"objective.{k}": v for k, v in objective.state_dict().items()}
     tensors |= {f"ema.{i}": v for i, v in enumerate(ema.shadow_params)}
     for i, values in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{i}.{k}": v for k, v in values.items()}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    state = Path(state)
-    beside, old = state.with_name(f".{state.name}.new"), state.with_name(f".{state.name}.old")
-    for folder in (beside, old):
-        shutil.rmtree(folder, ignore_errors=True)
-    beside.mkdir(parents=True)
-    save_file(tensors, beside / "state.safetensors")
-    facts = {
-        "step": step,
-        "recipe": dataclasses.asdict(recipe),
-        "ema_steps": ema.optimization_step,
-        "log": rows,
-    }
-    (beside / "state.json").write_text(json.dumps(facts))
-    if state.exists():
-        os.replace(state, old)
-    os.replace(beside, state)
-    shutil.rmtree(old, ignore_errors=True)
+    facts = {"step": step, "made_from": identity, "ema_steps": ema.optimization_step, "log": rows}
+    data.save_tensors(path, tensors, {"facts": json.dumps(facts)})
 
 
-def _load_state(state, objective, optimizer, ema, recipe):
-    """Undo `_save_state`; returns (step, log rows)."""
-    state = Path(state)
+def _known(path):
+    """What the header of the state at `path` says the run was made from; None where there is no state."""
+    return _read_state(path)[0]["made_from"] if Path(path).exists() else None
+
+
+def _read_state(path, with_tensors=False):
+    """(facts, tensors) of a state; DiffEchoError where it is damaged."""
     try:
-        facts = json.loads((state / "state.json").read_text())
-        tensors = load_file(state / "state.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
+        with safe_open(path, "pt") as file:
+            facts = json.loads(file.metadata()["facts"])
+            return facts, {k: file.get_tensor(k) for k in file.keys()} if with_tensors else {}
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
         raise DiffEchoError(
-            f"{state}: half-written or damaged ({error}); delete it to start over"
+            f"{path}: damaged ({error}); begin again with --restart (restart=True)"
         ) from None
-    if facts["recipe"] != dataclasses.asdict(recipe):
-        changed = [k for k, v in dataclasses.asdict(recipe).items() if facts["recipe"].get(k) != v]
-        raise DiffEchoError(
-            f"{state}: was trained with another {changed}; use that, or start without --resume"
-        )
+
+
+def _load_state(path, objective, optimizer, ema, identity):
+    """Undo `_save_state`; returns (step, log rows). DiffEchoError for the state of another run."""
+    facts, tensors = _read_state(path, with_tensors=True)
+    _check_same_run(path, facts["made_from"], json.loads(json.dumps(identity)))
     parts = {"objective": {}, "ema": {}, "optimizer": {}}
     for name, tensor in tensors.items():
         part, key = name.split(".", 1)
@@ -769,7 +865,8 @@ def _load_state(state, objective, optimizer, ema, recipe):
         objective.load_state_dict(parts["objective"])
     except RuntimeError as error:
         raise DiffEchoError(
-            f"{state}: of another architecture ({error}); start without --resume"
+            f"{path}: of another architecture ({error}); name another folder, or begin again with "
+            "--restart"
         ) from None
     ema.shadow_params = [parts["ema"][str(i)] for i in range(len(ema.shadow_params))]
     ema.optimization_step = facts["ema_steps"]
@@ -780,6 +877,20 @@ def _load_state(state, objective, optimizer, ema, recipe):
         saved["state"].setdefault(int(index), {})[name] = tensor
     optimizer.load_state_dict(saved)
     return facts["step"], facts["log"]
+
+
+def _check_same_run(path, old, new):
+    old, new = (known | known["recipe"] for known in (old, new))
+    changed = [
+        f"{name} ({old.get(name)}, now {new.get(name)})"
+        for name in old | new
+        if name != "recipe" and old.get(name) != new.get(name)
+    ]
+    if changed:
+        raise DiffEchoError(
+            f"{path}: holds a run with another {', '.join(changed)}; repeat that command to go on, name "
+            "another folder, or begin again with --restart (restart=True)"
+        )
 
 
 def _training(model, frames, profile, recipes, log, provenance, seed):
@@ -793,20 +904,26 @@ def _training(model, frames, profile, recipes, log, provenance, seed):
         "model": model,
         "world": table.attrs.get("world"),
         "profile": profile.name,
-        "splits": sorted(table["split"].dropna().unique()),
+        "splits": _splits(table),
         "patients": int(table["patient"].nunique()),
         "frames": len(frames),
-        "stretched": table.attrs.get("stretched", False),
+        "side": frames.side,
+        "stretched": frames.stretched,
         "seed": seed,
-        "recipes": {name: dataclasses.asdict(recipe) for name, recipe in recipes.items()},
+        "processes": models.processes().num_processes,
+        "recipes": {name: asdict(recipe) for name, recipe in recipes.items()},
         "minutes": round(log["seconds"].sum() / 60, 1),
         "peak_memory_gib": _peak_memory(),
         "log": curves,
     } | (provenance or {})
 
 
+def _splits(table):
+    return sorted(table["split"].dropna().unique())
+
+
 def _peak_memory():
-    """GiB of the GPU that this process has held at most; None without one."""
+    """GiB of the GPU that the last training has held at most; None without one."""
     return (
         round(torch.cuda.max_memory_allocated() / 2**30, 2) if torch.cuda.is_available() else None
     )

@@ -93,4 +93,4 @@ def smoke():
 @pytest.fixture(scope="session")
 def frames(phantom_root, smoke):
     """All frames of the phantom at the smoke profile's size."""
-    return data.load_frames(camus.read_table(phantom_root), smoke.side)
+    return data.load_frames(camus.read_table(phantom_root), smoke)

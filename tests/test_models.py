@@ -1,14 +1,17 @@
 """Checkpoints are standard folders; damaged ones and those of another network say so."""
 
 import json
+import os
 
 import monai
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKL, UNet2DModel
 from safetensors.torch import load_file
 
-from diffecho_utils import DiffEchoError, assets, camus, models, profiles
+from diffecho_utils import DiffEchoError, assets, camus, data, downstream, models, profiles
 from diffecho_utils.training import MODELS
 
 
@@ -46,8 +49,8 @@ def test_monai_networks_survive_saving(smoke, tmp_path):
         ("sdm", models.build_sdm),
     ):
         network = build(smoke)
-        models.save([("", network)], tmp_path / name, {})
-        loaded = models.load_network(tmp_path / name)
+        models.save([("", network)], tmp_path / name, {"side": 64})
+        loaded = models.load_network(tmp_path / name).network
         for key, tensor in network.state_dict().items():
             torch.testing.assert_close(loaded.state_dict()[key], tensor, atol=1e-3, rtol=1e-3)
         config = json.loads((tmp_path / name / "config.json").read_text())
@@ -179,3 +182,61 @@ SIZES = {
 @pytest.mark.parametrize("name", models.BACKBONES)
 def test_classifiers_have_the_published_sizes_without_torchvision(name):
     assert models.count_parameters(models.Backbone(name, classes=1000)) == SIZES[name]
+
+
+def test_judges_resize_what_they_are_given(smoke, frames, tmp_path):
+    """A network trained at one side reads the same frames at twice the side, and answers at theirs."""
+    torch.manual_seed(0)
+    made = {"side": smoke.side, "stretched": True}
+    models.save([("", models.build_segmenter(smoke))], tmp_path / "s", made)
+    models.save([("", models.build_classifier(smoke))], tmp_path / "c", made)
+    segmenter, classifier = (models.load_network(tmp_path / name) for name in "sc")
+    assert segmenter.side == smoke.side and segmenter.stretched
+    large = data.resized(frames.images, 2 * smoke.side)
+    small = data.resized(large, smoke.side)
+    assert torch.equal(classifier(large), classifier(small))
+    maps = segmenter(large)
+    assert maps.shape == (len(frames), 4, 2 * smoke.side, 2 * smoke.side)
+    assert torch.equal(maps, F.interpolate(segmenter(small), maps.shape[-2:], mode="bilinear"))
+
+
+def test_a_checkpoint_cut_off_while_it_is_saved_says_so(smoke, tmp_path, monkeypatch):
+    """New weights never lie under an old training.json: killed at any of its renames."""
+    torch.manual_seed(0)
+    network, real = models.build_autoencoder(smoke), os.replace
+    for last in range(1, 4):
+        models.save([("", network)], tmp_path / "a", {"version": "old"})
+        assert models.read_training(tmp_path / "a")["version"] == "old"
+        left = [last]
+
+        def kill(source, target, left=left):
+            left[0] -= 1
+            if not left[0]:
+                raise KeyboardInterrupt
+            real(source, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", kill)
+            with pytest.raises(KeyboardInterrupt):
+                models.save([("", network)], tmp_path / "a", {"version": "new"})
+        with pytest.raises(DiffEchoError, match="training.json: missing"):
+            models.read_training(tmp_path / "a")
+
+
+def test_shipped_judges_read_frames_of_any_size(real_root):
+    """What they read of real frames does not depend on the side at which those were loaded."""
+    rows = camus.select(camus.read_table(real_root), "validation", patients=6)
+    segmenter, classifier = (
+        models.load_network(assets.checkpoint("camus", name))
+        for name in ("segmenter", "classifier")
+    )
+    scores = {}
+    for side in (128, 256):
+        frames = data.load_frames(rows, data.Geometry(side, segmenter.stretched))
+        seen = downstream.class_accuracies(
+            downstream.classify(classifier, frames.images), frames.classes
+        )
+        overlap = downstream.dice(downstream.segment(segmenter, frames.images), frames.masks)
+        scores[side] = [*np.nanmean(overlap, 0), seen["view"], seen["phase"]]
+    np.testing.assert_allclose(scores[256], scores[128], atol=0.03)
+    assert min(scores[256]) > 0.75  # enlarged frames: Dice 0.70, view 0, phase 0.58

@@ -19,7 +19,7 @@ from diffusers import (
 )
 from PIL import Image
 
-from diffecho_utils import DiffEchoError, assets, camus, models, results, sampling
+from diffecho_utils import DiffEchoError, assets, camus, downstream, models, results, sampling
 from diffecho_utils.__main__ import main
 
 
@@ -342,7 +342,7 @@ def test_a_process_draws_its_share_only(generator, tmp_path, monkeypatch):
         def wait_for_everyone(self):
             pass
 
-    monkeypatch.setattr(sampling, "processes", Second)
+    monkeypatch.setattr(models, "processes", Second)
     write(generator, tmp_path, 2, 1, batch=2)
     assert sorted(pixels(tmp_path)) == [f"{i:06d}.png" for i in (2, 3, 6, 7)]
     assert not (tmp_path / "metadata.csv").exists()
@@ -356,6 +356,9 @@ def test_bad_synthetic_sets_are_named(generator, tmp_path):
     write(generator, tmp_path, 1, 2)
     images, table = sampling.read_synthetic(tmp_path, 32)
     assert images.shape == (4, 1, 32, 32) and len(table) == 4
+    assert sampling.read_synthetic(tmp_path)[0].shape[-1] == sampling.own_side(tmp_path) == 64
+    with pytest.raises(DiffEchoError, match="images of 64 px, and 128 px are asked for"):
+        sampling.read_synthetic(tmp_path, 128)
     path = tmp_path / table["file_name"][1]
     whole = path.read_bytes()
     Image.open(path).convert("RGB").save(path)
@@ -384,7 +387,7 @@ def test_command_line_from_training_to_evaluation(broken_root, tmp_path, capsys)
     assert main(["train", "autoencoder", *data, "--out", autoencoder]) == 0
     train = ["train", "unconditional", *data, "--autoencoder", autoencoder, "--out", out]
     assert main(train) == 0
-    assert main([*train, "--resume"]) == 0
+    assert main(train) == 0
     assert "resumed at step 4 of 4" in capsys.readouterr().out
     sample = ["sample", "unconditional", "--checkpoint", out, "--out", synthetic, "--n", "4"]
     assert main([*sample, "--steps", "2"]) == 0
@@ -396,6 +399,29 @@ def test_command_line_from_training_to_evaluation(broken_root, tmp_path, capsys)
     assert record["values"]["all"]["distance"] > record["values"]["all"]["floor"] > 0
     assert main(["evaluate", str(tmp_path), *data, "--autoencoder", autoencoder]) == 1
     assert "metadata.csv: missing" in capsys.readouterr().err
+
+
+def test_label_maps_are_refused_where_nobody_reads_them(checkpoint, phantom_root, tmp_path, capsys):
+    """Else the card would name a source, and so a licence, that was not used."""
+    sample = ["sample", "unconditional", "--checkpoint", str(checkpoint), "--masks", phantom_root]
+    assert main([*sample, "--out", str(tmp_path / "set")]) == 1
+    assert "unconditional is told no label maps" in capsys.readouterr().err
+    assert not (tmp_path / "set").exists()
+
+
+def test_records_name_the_whole_command(phantom_root, tmp_path, monkeypatch):
+    """With each setting, and without the folders of this machine."""
+    kept = []
+    monkeypatch.setattr(results, "save", lambda *_, command, **__: kept.append(command))
+    arm = ["downstream", "segmentation", "--data", phantom_root, "--profile", "smoke"]
+    arm += ["--test-data", phantom_root, "--steps", "2", f"--json={tmp_path / 'arm.json'}"]
+    monkeypatch.setattr(downstream, "check_apart", lambda *_: None)
+    split = ["--train-split", "all", "--test-split", "training"]
+    assert main([*arm, *split, "--no-augmentation"]) == 0
+    assert kept == [
+        "python -m diffecho_utils downstream segmentation --data phantom --profile smoke --test-data "
+        "phantom --steps 2 --json=arm.json --train-split all --test-split training --no-augmentation"
+    ]
 
 
 def test_label_maps_and_prompts_of_a_set(sdm, frames, tmp_path):

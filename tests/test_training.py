@@ -1,12 +1,14 @@
 """The loop: exact resume, two processes as one, the state survives, a diverging loss stops it."""
 
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from diffecho_utils import DiffEchoError, assets, camus, data, models, sampling, training
@@ -36,18 +38,33 @@ def distance(a, b):
     return sum((a[name] - b[name]).double().square().sum() for name in a).sqrt()
 
 
+def interrupt(objective, tensors, state, at, recipe=RECIPE):
+    """Interrupt a run of `fit` after step `at`, as Ctrl-C does; returns what it said."""
+    said = []
+
+    def stop(step):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        training.fit(objective, tensors, recipe, state, progress=said.append, watch=({at}, stop))
+    return said
+
+
 def test_resumed_run_ends_with_the_same_weights(smoke, latents, tmp_path):
     whole = diffusion(smoke)
     log = training.fit(whole, latents, RECIPE, tmp_path / "whole", progress=lambda line: None)
-    training.fit(diffusion(smoke), latents, RECIPE, tmp_path / "parts", stop_after=3, progress=str)
-    resumed = diffusion(smoke, seed=99)  # its own weights must not matter
-    said = []
-    training.fit(resumed, latents, RECIPE, tmp_path / "parts", resume=True, progress=said.append)
-    assert said[0] == "resumed at step 3 of 6"
+    said = interrupt(diffusion(smoke), latents, tmp_path / "parts", at=3)
+    assert "interrupted at step 3" in said[-1] and "parts keeps step 2" in said[-1]
+    resumed, said = diffusion(smoke, seed=99), []  # its own weights must not matter
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    training.fit(resumed, latents, RECIPE, tmp_path / "parts", progress=said.append)
+    assert torch.equal(torch.get_rng_state(), before), "the caller's random numbers were used"
+    assert said[0] == "resumed at step 2 of 6"
     for name, tensor in weights(whole).items():
         assert torch.equal(tensor, weights(resumed)[name]), name
-    for name, tensor in load_file(tmp_path / "whole" / "state.safetensors").items():
-        assert torch.equal(tensor, load_file(tmp_path / "parts" / "state.safetensors")[name]), name
+    for name, tensor in load_file(tmp_path / "whole").items():
+        assert torch.equal(tensor, load_file(tmp_path / "parts")[name]), name
     assert log["step"].is_monotonic_increasing and log["step"].iloc[-1] == 6
 
 
@@ -62,8 +79,8 @@ def test_gan_stage_resumes_too_and_leaves_the_encoder_alone(smoke, frames, tmp_p
     before = weights(objective())
     whole, parts = objective(), objective()
     training.fit(whole, tensors, RECIPE, None, progress=str)
-    training.fit(objective(), tensors, RECIPE, tmp_path / "s", stop_after=3, progress=str)
-    training.fit(parts, tensors, RECIPE, tmp_path / "s", resume=True, progress=str)
+    interrupt(objective(), tensors, tmp_path / "s", at=3)
+    training.fit(parts, tensors, RECIPE, tmp_path / "s", progress=str)
     after = weights(whole)
     for name, tensor in after.items():
         assert torch.equal(tensor, weights(parts)[name]), name
@@ -84,6 +101,7 @@ def test_accumulation_is_a_larger_batch(smoke, latents):
 
 SCRIPT = """
 import sys, torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from diffecho_utils import models, profiles, training
 from diffecho_utils.profiles import Recipe
@@ -140,42 +158,111 @@ def test_loss_falls(smoke, frames):
     assert {"l1", "spectral", "kl", "learning_rate", "images_per_second"} <= set(log.columns)
 
 
-def test_diverging_loss_stops_and_keeps_the_last_state(smoke, latents, tmp_path):
-    training.fit(diffusion(smoke), latents, RECIPE, tmp_path / "s", stop_after=2, progress=str)
-    good = (tmp_path / "s" / "state.safetensors").read_bytes()
-    poisoned = latents | {"latents": latents["latents"] * float("nan")}
-    with pytest.raises(DiffEchoError, match="the loss is nan between steps"):
-        training.fit(diffusion(smoke), poisoned, RECIPE, tmp_path / "s", resume=True, progress=str)
-    assert (tmp_path / "s" / "state.safetensors").read_bytes() == good
+class Poisoned(torch.nn.Module):
+    """An objective whose loss, or only its gradient, is not finite in one step."""
+
+    def __init__(self, step, loss):
+        super().__init__()
+        self.network, self.left, self.poison = torch.nn.Linear(2, 1), step, loss
+
+    def draw(self, batch, generator):
+        return {}
+
+    def forward(self, latents):
+        self.left -= 1
+        answer = self.network(latents.flatten(1)[:, :2]).square().mean()
+        if self.left:
+            return answer, {}
+        if self.poison:
+            return answer * float("nan"), {}
+        # The square root of zero: a finite value with an infinite slope
+        return answer + (answer - answer.detach()).sqrt(), {}
+
+
+@pytest.mark.parametrize("step", (3, 4), ids=("before a save", "in the step that is saved"))
+@pytest.mark.parametrize("what", ("loss", "gradient norm"))
+def test_what_is_not_finite_stops_and_keeps_the_last_state(latents, tmp_path, step, what):
+    torch.manual_seed(0)
+    with pytest.raises(
+        DiffEchoError, match=f"the {what} is (nan|inf) between steps [34] and {step}"
+    ):
+        training.fit(Poisoned(step, what == "loss"), latents, RECIPE, tmp_path / "s", progress=str)
+    facts, tensors = training._read_state(tmp_path / "s", with_tensors=True)
+    assert facts["step"] == 2 and all(t.isfinite().all() for t in tensors.values())
+
+
+def test_networks_with_dropout_resume_exactly(latents, tmp_path):
+    """What a network draws itself is a function of seed and step, too."""
+
+    class Dropped(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.network = torch.nn.Sequential(torch.nn.Dropout(0.5), torch.nn.Linear(256, 1))
+
+        def draw(self, batch, generator):
+            return {}
+
+        def forward(self, latents):
+            return self.network(latents.flatten(1)).square().mean(), {}
+
+    whole, parts, other = Dropped(), Dropped(), Dropped()
+    training.fit(whole, latents, RECIPE, None, progress=str)
+    interrupt(Dropped(), latents, tmp_path / "s", at=3)
+    training.fit(parts, latents, RECIPE, tmp_path / "s", progress=str)
+    training.fit(other, latents, RECIPE, None, progress=str, seed=1)
+    assert distance(weights(whole), weights(parts)) == 0 < distance(weights(whole), weights(other))
 
 
 def test_unusable_states_are_named(smoke, latents, tmp_path):
-    training.fit(diffusion(smoke), latents, RECIPE, tmp_path / "s", stop_after=2, progress=str)
+    path = tmp_path / "s"
+    interrupt(diffusion(smoke), latents, path, at=3)
+    whole = path.read_bytes()
 
-    def resume(objective, recipe=RECIPE):
-        training.fit(objective, latents, recipe, tmp_path / "s", resume=True, progress=str)
+    def go_on(objective, recipe=RECIPE, **changed):
+        training.fit(objective, latents, recipe, path, progress=str, **changed)
 
-    with pytest.raises(DiffEchoError, match=r"another \['learning_rate'\]"):
-        resume(diffusion(smoke), replace(RECIPE, learning_rate=1.0))
+    with pytest.raises(DiffEchoError, match=r"another learning_rate \(0.001, now 1.0\)"):
+        go_on(diffusion(smoke), replace(RECIPE, learning_rate=1.0))
+    with pytest.raises(DiffEchoError, match=r"another seed \(0, now 3\); repeat that command"):
+        go_on(diffusion(smoke), seed=3)
+    with pytest.raises(DiffEchoError, match=r"another world \(None, now camus\)"):
+        go_on(diffusion(smoke), made_from={"world": "camus"})
     with pytest.raises(DiffEchoError, match="another architecture"):
-        resume(diffusion(replace(smoke, unconditional_channels=(32, 32))))
-    path = tmp_path / "s" / "state.safetensors"
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(DiffEchoError, match="half-written or damaged"):
-        resume(diffusion(smoke))
+        go_on(diffusion(replace(smoke, unconditional_channels=(32, 32))))
+    assert path.read_bytes() == whole
+    path.write_bytes(whole[:1000])
+    with pytest.raises(DiffEchoError, match="damaged"):
+        go_on(diffusion(smoke))
+    path.write_bytes(whole)
+    said = []
+    training.fit(diffusion(smoke), latents, RECIPE, path, restart=True, progress=said.append)
+    assert "resumed" not in said[0] and path.read_bytes() != whole
 
 
-def test_interrupted_save_leaves_the_previous_state(smoke, latents, tmp_path, monkeypatch):
-    training.fit(diffusion(smoke), latents, RECIPE, tmp_path / "s", stop_after=2, progress=str)
-    good = (tmp_path / "s" / "state.safetensors").read_bytes()
+def test_interrupted_before_the_first_save_names_no_state(smoke, latents, tmp_path):
+    said = interrupt(diffusion(smoke), latents, tmp_path / "s", at=1)
+    assert said == ["interrupted at step 1; nothing was saved before it"]
+    assert not (tmp_path / "s").exists()
 
-    def full_disk(*_):
-        raise OSError("no space left on device")
 
-    monkeypatch.setattr(training, "save_file", full_disk)
-    with pytest.raises(OSError):
-        training.fit(diffusion(smoke), latents, RECIPE, tmp_path / "s", resume=True, progress=str)
-    assert (tmp_path / "s" / "state.safetensors").read_bytes() == good
+@pytest.mark.parametrize(
+    "failure", (OSError(28, "no space left on device"), SafetensorError("No space left")), ids=type
+)
+def test_interrupted_save_leaves_the_previous_state(smoke, latents, tmp_path, monkeypatch, failure):
+    """A full disk and a kill in the middle of the file: the one name holds the old state or the new."""
+    interrupt(diffusion(smoke), latents, tmp_path / "s", at=3)
+    good = (tmp_path / "s").read_bytes()
+
+    def half(tensors, path, metadata):
+        path.write_bytes(good[:1000])
+        raise failure
+
+    monkeypatch.setattr(data, "save_file", half)
+    with pytest.raises(OSError, match="(?i)no space left"):
+        training.fit(diffusion(smoke), latents, RECIPE, tmp_path / "s", progress=str)
+    assert (tmp_path / "s").read_bytes() == good
+    assert [path.name for path in tmp_path.iterdir()] == ["s"]
 
 
 def test_learning_rate_schedules():
@@ -302,7 +389,8 @@ def test_start_and_minutes(smoke, frames, trained, tmp_path):
     training.train("segmenter", frames, long, tmp_path / "b", minutes=0.05, progress=said.append)
     steps = models.read_training(tmp_path / "b")["recipes"]["segmenter"]["steps"]
     assert said[0] == f"segmenter: {steps} steps fit in 0.05 minutes" and steps < 100_000
-    again = {"minutes": 5.0, "resume": True, "progress": said.append}
+    said.clear()
+    again = {"minutes": 5.0, "progress": said.append}
     training.train("segmenter", frames, long, tmp_path / "b", **again)
     assert said[-1] == f"resumed at step {steps} of {steps}", "a resumed run keeps its steps"
 
@@ -371,7 +459,7 @@ def test_chapters_train_from_scratch_once(smoke, phantom_root, tmp_path, monkeyp
     monkeypatch.setattr(assets, "workspace", lambda: tmp_path)
     table, said = camus.read_table(phantom_root), []
     folder = training.from_scratch("sdm", table, smoke, progress=said.append)
-    assert folder == tmp_path / "trained" / "phantom-smoke" / "sdm" and said
+    assert folder.match("trained/phantom-smoke-*/sdm") and said
     generator = models.load_generator(folder)
     shipped = models.load_generator(assets.checkpoint("camus", "sdm"))
     assert generator.latent_shape == shipped.latent_shape
@@ -380,3 +468,102 @@ def test_chapters_train_from_scratch_once(smoke, phantom_root, tmp_path, monkeyp
     said.clear()
     assert training.from_scratch("sdm", table, smoke, progress=said.append) == folder
     assert not said
+
+
+def test_start_counts_for_networks_that_have_no_state_yet(smoke, frames, trained, tmp_path):
+    """Interrupted in the second of four networks: the others still start from the checkpoint."""
+    said, calls = [], []
+
+    def stop(line):
+        said.append(line)
+        calls.append(line.startswith("step"))
+        if sum(calls) == 5:  # four lines a network here
+            raise KeyboardInterrupt
+
+    frozen = replace(smoke, unconditional=replace(smoke.unconditional, learning_rate=0.0))
+    run = {"needs": {"autoencoder": trained["autoencoder"]}, "start": trained["unconditional"]}
+    with pytest.raises(KeyboardInterrupt):
+        training.train("unconditional", frames, frozen, tmp_path / "u", progress=stop, **run)
+    training.train("unconditional", frames, frozen, tmp_path / "u", progress=said.append, **run)
+    assert any("resumed at step 4 of 4" in line for line in said)
+    before, after = (models.load_generator(f) for f in (trained["unconditional"], tmp_path / "u"))
+    after = after.denoiser.state_dict()
+    assert all(torch.equal(t, after[name]) for name, t in before.denoiser.state_dict().items())
+
+
+def test_start_that_is_no_checkpoint_is_noticed_before_training(smoke, frames, tmp_path):
+    said = []
+    with pytest.raises(DiffEchoError, match="training.json: missing"):
+        training.train("segmenter", frames, smoke, tmp_path, start=tmp_path, progress=said.append)
+    assert not said
+
+
+def test_a_run_goes_on_only_with_what_it_was_made_from(smoke, frames, trained, tmp_path):
+    """Another folder, seed, world, split, autoencoder, stretching or setting is another run."""
+    other = data.Frames(frames.images, frames.masks.flip(0), frames.table)
+
+    def told(**attrs):
+        table = frames.table.assign(split=attrs.pop("split", frames.table["split"]))
+        table.attrs = frames.table.attrs | attrs
+        return data.Frames(frames.images, frames.masks, table)
+
+    folder, autoencoder = tmp_path / "run", shutil.copytree(trained["autoencoder"], tmp_path / "ae")
+    run = {"needs": {"autoencoder": autoencoder}, "progress": str}
+    training.train("sdm", frames, smoke, folder, **run)
+    whole = (folder / "state" / "sdm.safetensors").read_bytes()
+    cases = {
+        "frames": (other, {}),
+        "seed": (frames, {"seed": 1}),
+        "world": (told(world="camus"), {}),
+        "stretched": (told(stretched=True), {}),
+        "splits": (told(split="validation"), {}),
+        "settings": (frames, {"dropout": 0.5}),
+        "start": (frames, {"start": trained["sdm"]}),
+    }
+    for name, (given, changed) in cases.items():
+        with pytest.raises(DiffEchoError, match=f"another {name} "):
+            training.train("sdm", given, smoke, folder, **run | changed)
+    models.save([("", models.load_autoencoder(autoencoder))], autoencoder, {"made": "anew"})
+    weights = load_file(autoencoder / models.WEIGHTS)
+    weights["decoder.conv_in.bias"] += 1
+    save_file(weights, autoencoder / models.WEIGHTS)
+    with pytest.raises(DiffEchoError, match="another autoencoder "):
+        training.train("sdm", frames, smoke, folder, **run)
+    assert (folder / "state" / "sdm.safetensors").read_bytes() == whole
+    training.train("sdm", frames, smoke, folder, **run | {"seed": 1, "restart": True})
+    assert models.read_training(folder)["seed"] == 1
+
+
+def test_classes_without_frames_are_left_out(smoke, frames, trained, tmp_path):
+    one_view = frames.where(frames.table["view"] == "4CH")
+    needs = {"autoencoder": trained["autoencoder"]}
+    training.train("unconditional", one_view, smoke, tmp_path, needs=needs, progress=str)
+    generator = models.load_generator(tmp_path)
+    assert generator.classes == (2, 3)
+    assert sampling.sample(generator, [0, 1], 2, classes=[2, 3]).shape == (2, 1, 64, 64)
+    with pytest.raises(DiffEchoError, match="trained without frames of 2CH-ED"):
+        sampling.sample(generator, [0], 2, classes=[0])
+    table, _ = sampling.plan("unconditional", 2, classes=generator.classes)
+    assert table["view"].tolist() == ["4CH"] * 4
+
+
+def test_precision_is_the_recipe_s_and_not_the_environment_s(smoke, latents, tmp_path):
+    """`accelerate launch --mixed_precision bf16` must not overrule `bf16=False`."""
+    script = SCRIPT.replace(
+        "PartialState().num", "PartialState().distributed_type, PartialState().num"
+    )
+    (tmp_path / "script.py").write_text(script)
+    save_file(latents, tmp_path / "latents.safetensors")
+    path = {"PYTHONPATH": os.pathsep.join(sys.path)}
+    for name, given in (("plain", {}), ("mixed", {"ACCELERATE_MIXED_PRECISION": "bf16"})):
+        command = [sys.executable, "script.py", "latents.safetensors", "4", f"{name}.safetensors"]
+        subprocess.run(command, cwd=tmp_path, env=os.environ | path | given, check=True)
+    plain, mixed = (load_file(tmp_path / f"{n}.safetensors") for n in ("plain", "mixed"))
+    assert all(torch.equal(tensor, mixed[name]) for name, tensor in plain.items())
+
+
+def test_processes_are_recorded_and_counted(trained):
+    facts = models.read_training(trained["sdm"])
+    assert facts["processes"] == 1 and facts["side"] == 64
+    one, four = (models.training_curve(facts | {"processes": n}, "sdm") for n in (1, 4))
+    assert (four["images"] == 4 * one["images"]).all()
