@@ -65,17 +65,20 @@ def phantom_command(options):
 
 
 def check_command(options):
-    problems = camus.check(options.root, progress=None if options.json else _progress("frames"))
+    problems, notes = camus.examine(
+        options.root, progress=None if options.json else _progress("frames")
+    )
     if options.json:
-        pairs = [dict(zip(("path", "problem"), p.split(": ", 1), strict=True)) for p in problems]
-        print(
-            json.dumps(
-                {"root": str(options.root), "usable": not problems, "problems": pairs}, indent=1
-            )
-        )
+
+        def pairs(lines, word):
+            return [dict(zip(("path", word), line.split(": ", 1), strict=True)) for line in lines]
+
+        report = {"root": str(options.root), "usable": not problems}
+        report |= {"problems": pairs(problems, "problem"), "notes": pairs(notes, "note")}
+        print(json.dumps(report, indent=1))
         return int(bool(problems))
-    for problem in problems:
-        print(problem)
+    for line in [*problems, *(f"note: {note}" for note in notes)]:
+        print(line)
     if problems:
         print(f"{len(problems)} problem{'s' if len(problems) > 1 else ''} in {options.root}")
         return 1
@@ -472,7 +475,7 @@ def _parser():
     sub = command(
         "convert",
         convert_command,
-        "write mhd, HDF5 or PNG re-packs of CAMUS in the official layout",
+        "write any other form of CAMUS (mhd, HDF5, PNG, nnU-Net, flat NIfTI) in the official layout",
     )
     sub.add_argument("source", type=Path, metavar="SOURCE")
     sub.add_argument("dest", type=Path, metavar="DEST")

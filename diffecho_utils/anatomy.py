@@ -101,7 +101,8 @@ def patients_ef(frames, one_height=False):
     """Biplane volumes and EF of every patient with all four frames: patient, edv, esv, ef.
 
     `frames` is a `data.Frames`. Volumes are in mL, NaN where the pixel spacing is unknown; the
-    ejection fraction is a ratio and needs none.
+    ejection fraction is a ratio and needs none. All are NaN for a patient with a label map that has no
+    long axis (no cavity, say): `camus.check` names it.
 
     The recommendations measure the axis anew in each phase, so that its shortening is part of the
     EF: the default. With `one_height` both phases have disks as high as the longest of the four
@@ -112,13 +113,15 @@ def patients_ef(frames, one_height=False):
     for patient, group in frames.table.groupby("patient"):
         spacing = group[["lateral_mm", "depth_mm"]].astype(float)
         known = spacing.notna().all(axis=None)
-        disks = {
-            (row["view"], row["phase"]): disk_diameters(
-                frames.masks[i].numpy(), spacing.loc[i].to_numpy() if known else (1.0, 1.0)
-            )
-            for i, row in group.iterrows()
-        }
-        if len(disks) < len(CLASSES):
+        keys = list(zip(group["view"], group["phase"], strict=True))
+        if len(set(keys)) < len(CLASSES):
+            continue
+        masks = frames.masks[group.index.to_list()].numpy()
+        sizes = spacing.to_numpy() if known else np.ones((len(group), 2))
+        try:
+            disks = dict(zip(keys, map(disk_diameters, masks, sizes), strict=True))
+        except DiffEchoError:
+            rows.append(dict(patient=patient, edv=np.nan, esv=np.nan, ef=np.nan))
             continue
         height = {
             phase: max(length for key, (_, length) in disks.items() if one_height or phase in key)

@@ -81,6 +81,7 @@ def load_frames(table, like, cache_dir=None):
     and the settings stay the same. Raises DiffEchoError for the first unusable file.
     """
     key = [_CACHE_VERSION, like.side, not like.stretched]
+    key += [float(fact) for fact in table[["transposed", "black", "white"]].iloc[0]]  # of its set
     for path in [*table["image"], *table["label_map"]]:
         status = os.stat(path)
         key.append((str(path), status.st_size, status.st_mtime_ns))

@@ -376,17 +376,8 @@ def ejection_fractions(frames, masks):
     masks: (N, H, W), as a segmenter reads them or as they were asked for. A Series by patient, of
     those who have all four frames.
     """
-    found, patients = {}, frames.table["patient"].to_numpy()
-    for patient in dict.fromkeys(patients):
-        rows = np.flatnonzero(patients == patient)
-        table = frames.table.iloc[rows].reset_index(drop=True)
-        try:
-            mine = anatomy.patients_ef(data.Frames(frames.images[rows], masks[rows], table))
-        except DiffEchoError:  # a chamber is missing
-            found[patient] = np.nan
-            continue
-        found |= dict(zip(mine["patient"], mine["ef"], strict=True))
-    return pd.Series(found, dtype=float)
+    measured = anatomy.patients_ef(data.Frames(frames.images, masks, frames.table))
+    return measured.set_index("patient")["ef"]
 
 
 def bootstrap_interval(statistic, groups, repeats=200, level=0.95, seed=0):

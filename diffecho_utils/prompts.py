@@ -122,7 +122,7 @@ def facts(frames):
 
     ef: per cent, the folder's own where it has one, else `anatomy.patients_ef`. la_size: "small",
     "normal", "enlarged" by `LA_SMALL` and `LA_ENLARGED`. Both are a patient's, the same in all of
-    its frames; missing where the frames that they need are not among `frames`.
+    its frames; missing where the frames that they need are not among `frames`, or lack the chamber.
     """
     table = frames.table.assign(ef=frames.table["ef"].astype(float))
     table["ef"] = table.groupby("patient")["ef"].transform("first")
@@ -135,9 +135,10 @@ def facts(frames):
 
 
 def la_ratio(frames):
-    """Area of the left atrium at ES over that of the LV cavity at ED, mean of the views: by patient."""
+    """Area of the left atrium at ES over that of the LV cavity at ED, mean of the views that show both: by patient."""
     pixel = frames.table[["lateral_mm", "depth_mm"]].prod(axis=1, skipna=False).fillna(1.0)
     areas = anatomy.areas(frames.masks.numpy()) * pixel.to_numpy()[:, None]
+    areas[areas == 0] = np.nan  # a label map without the chamber does not make it small
     keys = ["patient", "view", "phase"]
     areas = frames.table[keys].assign(cavity=areas[:, 0], atrium=areas[:, 2])
     areas = areas.pivot(index=["patient", "view"], columns="phase", values=["cavity", "atrium"])

@@ -10,15 +10,20 @@ that layout first, once. The forms, and what tells them:
               `train {2ch,4ch} {ED,ES} {frames,masks}`, (N, H, W, 1) each, patients without names
     png       pictures named as the paper's script names them, `ch2_ed_frame_0.png` and
               `ch2_ed_mask_0.png`, or as CAMUS does, `patient0001_2CH_ED.png` and
-              `patient0001_2CH_ED_gt.png`, in any folders; 8 bits, grey values in every channel
+              `patient0001_2CH_ED_gt.png`, in any folders; 8 or 16 bits, grey values in every channel
+    nifti     `.nii` or `.nii.gz` files named as CAMUS does, in other folders than the official ones
+              (nnU-Net's `imagesTr/patient0001_2CH_ED_0000.nii.gz` among them), or uncompressed
 
-Label maps hold 0-3, or 0/85/170/255 in hdf5 and png. Patients without a name become patient0001 and
-on, in order: not CAMUS's own numbers. Folders named train*, val* and test* give the splits where no
-list does; in an hdf5 file subjects 0-49 are for validation, as in the paper's code.
+A label map ends in `_gt`, or lies in a folder named masks, labels, labelsTr or annotations under the
+frame's own name (behind which a channel, `_0000`, or a split, `_training`, may stand). They hold 0-3, or
+0/85/170/255 in hdf5 and png. Patients without a name become patient0001 and on, in order: not CAMUS's own
+numbers. Folders named train*, val* and test*, or nnU-Net's, give the splits where no list does; in an
+hdf5 file subjects 0-49 are for validation, as in the paper's code.
 """
 
 import contextlib
 import errno
+import filecmp
 import gzip
 import hashlib
 import json
@@ -26,7 +31,7 @@ import os
 import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import nibabel as nib
@@ -36,17 +41,24 @@ from PIL import Image
 from diffecho_utils import DiffEchoError, assets, camus
 
 _NAMED = r"(patient\d+)_(2CH|4CH)_(ED|ES|(?:half_)?sequence)(_gt)?"
+_BEHIND = r"(?:_0000|_training|_validation|_testing)?"  # of no meaning here
 _PAPER = r"ch([24])_(ed|es)_(frame|mask)_(\d+)"
-_SPLIT_FOLDERS = {"train": "training", "val": "validation", "test": "testing"}
+_MASK_FOLDER = r"(?:.*_)?(?:masks?|annotations?|labels?|gt)(?:Tr|Ts)?"
+_SPLIT_FOLDERS = {
+    "training": r"train.*|(?:images|labels)Tr",
+    "validation": r"val.*",
+    "testing": r"test.*|(?:images|labels)Ts",
+}
+_AS_THEY_ARE = (0, 255)  # black and white of nearly every set
 
 
 @dataclass(frozen=True)
 class Release:
     """What `recognise` found.
 
-    form: "official", "mhd", "hdf5" or "png"; pictures: {patient: {end of a file name in the official
-    layout, e.g. "2CH_ED_gt": a file, or (HDF5 data set, index)}}; splits: {patient: split}; notes:
-    what a user should know of it, in sentences. `pictures` is empty for the official layout.
+    form: "official", "mhd", "hdf5", "png" or "nifti"; pictures: {patient: {end of a file name in the
+    official layout, e.g. "2CH_ED_gt": a file, or (HDF5 file, array's name, index)}}; splits: {patient:
+    split}; notes: what a user should know of it, in sentences. `pictures` is empty for the official layout.
     """
 
     path: Path
@@ -64,23 +76,24 @@ def recognise(path):
     if not path.is_dir():
         raise DiffEchoError(f"{path}: no such file or folder; pass one that holds CAMUS")
     if (path / "database_nifti").is_dir():
-        return Release(path, "official", {}, {}, ())
-    files = sorted(
-        p for p in path.rglob("*") if p.suffix in (".mhd", ".png", ".h5", ".hdf5", ".gz")
-    )
-    for suffix in (".mhd", ".png"):
-        pictures = [(p, k) for p in files if p.suffix == suffix and (k := _key(p.stem))]
+        plain = (path / "database_nifti").glob("*/patient*.nii")
+        if all(p.with_name(f"{p.name}.gz").exists() for p in plain):
+            return Release(path, "official", {}, {}, ())
+    elif "database_nifti" in path.resolve().parts[-2:] or any(path.glob("*/database_nifti")):
+        return Release(path, "official", {}, {}, ())  # `camus.read_table` names the folder to pass
+    files = sorted(p for p in path.rglob("*") if not p.name.startswith("."))
+    for form, ends in (("mhd", ".mhd"), ("nifti", (".nii", ".nii.gz")), ("png", ".png")):
+        named = [p for p in files if p.name.lower().endswith(ends)]
+        pictures = [(p, key) for p in named if (key := _key(p.relative_to(path)))]
         if pictures:
-            return _recognise_pictures(path, suffix[1:], pictures)
+            return _recognise_pictures(path, form, pictures)
     archives = [p for p in files if p.suffix in (".h5", ".hdf5")]
     if len(archives) == 1:
         return _recognise_hdf5(archives[0])
-    if any(re.fullmatch(rf"{_NAMED}\.nii\.gz", p.name) for p in files):
-        return Release(path, "official", {}, {}, ())  # `camus.read_table` names the folder to pass
     raise DiffEchoError(
-        f"{path}: CAMUS in none of its forms: no database_nifti/, patientNNNN_2CH_ED.mhd, "
-        f"ch2_ed_frame_N.png or patientNNNN_2CH_ED.png in it, and {len(archives)} HDF5 files; pass the "
-        "folder (or the HDF5 file) that holds the frames"
+        f"{path}: CAMUS in none of its forms: no database_nifti/, patientNNNN_2CH_ED.nii.gz, .mhd or .png "
+        f"and no ch2_ed_frame_N.png in it, and {len(archives)} HDF5 files; pass the folder (or the HDF5 "
+        "file) that holds the frames"
     )
 
 
@@ -116,20 +129,25 @@ def open_table(path, progress=None):
 def convert(source, dest, progress=None):
     """Write CAMUS, in any other form, to the new folder `dest` in the official layout; returns a `Release`.
 
-    Pixels, labels and spacing stay as they are: grey values as uint8 (float32 where the source has
-    another type; floats of at most 1 are multiplied by 255), 1.0 mm as the placeholder where the
-    source knows no spacing. cfg files and lists are copied; the form and the notes go to
-    `dataset.json`. `dest` appears whole or not at all. `progress(done, total)` counts patients.
-    Raises DiffEchoError, beginning with the path, for what cannot be read or is no label map.
+    Pixels, labels and spacing stay as they are, but for the grey scale, which is 0 to 255 afterwards: one
+    for all frames, told from all of them (`camus.grey_levels`); uint8, or float32 where the source has
+    another type. 1.0 mm is the placeholder where the source knows no spacing. cfg files and lists are
+    copied; the form and the notes go to `dataset.json`. `dest` appears whole or not at all.
+    `progress(done, total)` counts patients. Raises DiffEchoError, beginning with the path, for what
+    cannot be read, is no label map, or has no scale that can be told.
     """
     release = recognise(source)
     if release.form == "official":
+        camus.read_table(source)  # says which folder to pass
         raise DiffEchoError(f"{source}: in the official layout already; pass it as it is")
-    with whole_folder(dest) as draft, ThreadPoolExecutor() as pool:
-        jobs = ((draft, patient, pictures) for patient, pictures in release.pictures.items())
-        for done, _ in enumerate(pool.map(_write_patient, jobs), start=1):
-            if progress:
-                progress(done, len(release.pictures))
+    with whole_folder(dest) as draft, _opened(release) as file:
+        scale, found = None, _AS_THEY_ARE
+        while found != scale:  # once, where all is as it should be
+            scale = found
+            found = camus.grey_levels(_write_patients(release, draft, file, scale, progress))
+        if scale != _AS_THEY_ARE:
+            greys = f"grey values: {scale[0]:g} was taken for black, {scale[1]:g} for white"
+            release = replace(release, notes=(*release.notes, greys))
         _write_lists(release, draft / "database_split")
         facts = {"world": camus.world(source), "form": release.form, "notes": release.notes}
         (draft / "dataset.json").write_text(json.dumps(facts, indent=1) + "\n")
@@ -171,23 +189,22 @@ def _recognise_hdf5(path):
         raise DiffEchoError(
             f"{path}: no HDF5 file; unpack archives, and pass the folder with the frames"
         )
-    # A chunk may span many subjects: the cache keeps a file from being unpacked once a subject.
-    file = h5py.File(path, "r", rdcc_nbytes=2**26, rdcc_nslots=10007)
-    arrays = {}
-    for view, phase in camus.CLASSES:
-        for kind, end in (("frames", ""), ("masks", "_gt")):
-            key = f"train {view.lower()} {phase} {kind}"
-            if key not in file:
-                raise DiffEchoError(
-                    f"{path}: no array {key!r} in it, only {sorted(file)}; pass the subject-based re-pack"
-                )
-            arrays[f"{view}_{phase}{end}"] = file[key]
-    counts = {name: len(array) for name, array in arrays.items()}
+    sources, counts = {}, {}
+    with h5py.File(path, "r") as file:
+        for view, phase in camus.CLASSES:
+            for kind, end in (("frames", ""), ("masks", "_gt")):
+                key = f"train {view.lower()} {phase} {kind}"
+                if key not in file:
+                    raise DiffEchoError(
+                        f"{path}: no array {key!r} in it, only {sorted(file)}; pass the subject-based re-pack"
+                    )
+                sources[f"{view}_{phase}{end}"] = key
+                counts[key] = len(file[key])
     if len(set(counts.values())) > 1:
         raise DiffEchoError(f"{path}: arrays of different lengths {counts}; download it again")
     names = [f"patient{number:04d}" for number in range(1, max(counts.values()) + 1)]
     pictures = {
-        patient: {name: (array, index) for name, array in arrays.items()}
+        patient: {name: (path, key, index) for name, key in sources.items()}
         for index, patient in enumerate(names)
     }
     notes = ["patients are numbered in the file's order: not CAMUS's own numbers"]
@@ -201,16 +218,17 @@ def _recognise_hdf5(path):
 
 def _recognise_pictures(path, form, files):
     """`Release` of files with their `_key`s: frames without label map (the old testing set) are left out."""
-    groups = {}
+    groups, copies = {}, []
     for file, (patient, name) in files:
-        folders = file.relative_to(path).parts[:-1]
-        splits = [s for f in folders for start, s in _SPLIT_FOLDERS.items() if f.startswith(start)]
-        group = groups.setdefault((patient, (splits or [""])[-1]), {})
-        if name in group:
+        group = groups.setdefault((patient, _split(file.relative_to(path))), {})
+        if name not in group:
+            group[name] = file
+        elif filecmp.cmp(file, group[name], shallow=False):
+            copies.append(file)
+        else:
             raise DiffEchoError(
-                f"{file}: {patient} {name} is {group[name]} too; pass one of the two folders"
+                f"{file}: {patient} {name} is {group[name]} too; leave one of the two, or pass one folder"
             )
-        group[name] = file
     pictures, chosen, alone = {}, {}, []
     for (patient, split), group in sorted(groups.items()):
         frames = {name for name in group if "sequence" not in name}
@@ -232,34 +250,83 @@ def _recognise_pictures(path, form, files):
         notes.append(
             f"{len(alone)} files without their label map or frame left out, {alone[0]} the first"
         )
+    if copies:
+        notes.append(f"{len(copies)} files that are there twice taken once, {copies[0]} the first")
     if re.fullmatch(_PAPER, files[0][0].stem):
         notes.append("patients are numbered as the files, from 1: not CAMUS's own numbers")
     return Release(path, form, pictures, chosen, tuple(notes))
 
 
-def _key(stem):
-    """(patient, end of the official file name) of a file's stem, e.g. ("patient0001", "2CH_ED_gt"); or None."""
-    if match := re.fullmatch(_NAMED, stem):
-        patient, view, phase, end = match.groups(default="")
-        return patient, f"{view}_{'half_sequence' if 'sequence' in phase else phase}{end}"
-    if match := re.fullmatch(_PAPER, stem):
+def _key(path):
+    """(patient, end of the official file name) of a file's path, e.g. ("patient0001", "2CH_ED_gt"); or None."""
+    stem = re.sub(r"\.nii$", "", path.stem, flags=re.I)
+    if match := re.fullmatch(_NAMED + _BEHIND, stem, re.I):
+        patient, view, phase, end = match.groups()
+        phase = "half_sequence" if "sequence" in phase.lower() else phase.upper()
+        mask = end or any(re.fullmatch(_MASK_FOLDER, f, re.I) for f in path.parts[:-1])
+        return patient.lower(), f"{view.upper()}_{phase}{'_gt' if mask else ''}"
+    if match := re.fullmatch(_PAPER, stem, re.I):
         view, phase, kind, index = match.groups()
-        end = "_gt" if kind == "mask" else ""
+        end = "_gt" if kind.lower() == "mask" else ""
         return f"patient{int(index) + 1:04d}", f"{view}CH_{phase.upper()}{end}"
     return None
+
+
+def _split(path):
+    """The split that the last telling folder above a file names, "" where none does."""
+    named = [
+        split
+        for folder in path.parts[:-1]
+        for split, pattern in _SPLIT_FOLDERS.items()
+        if re.fullmatch(pattern, folder, re.I)
+    ]
+    return named[-1] if named else ""
 
 
 # --- converting -----------------------------------------------------------------------------------
 
 
-def _write_patient(job):
-    draft, patient, pictures = job
-    folder = draft / "database_nifti" / patient
-    folder.mkdir(parents=True)
-    shapes = {}
+@contextlib.contextmanager
+def _opened(release):
+    """Context of the release's open HDF5 file; None in the other forms."""
+    if release.form != "hdf5":
+        yield None
+        return
+    import h5py
+
+    # A chunk may span many subjects: the cache keeps a file from being unpacked once a subject.
+    with h5py.File(release.path, "r", rdcc_nbytes=2**26, rdcc_nslots=10007) as file:
+        yield file
+
+
+def _write_patients(release, draft, file, scale, progress):
+    """Write every patient with greys on this (black, white); returns the sources' own `camus.grey_range`s."""
+    ranges = {}
+
+    def write(item):
+        return _write_patient(draft / "database_nifti", *item, file, scale)
+
+    with ThreadPoolExecutor() as pool:
+        for done, found in enumerate(pool.map(write, release.pictures.items()), start=1):
+            ranges |= found
+            if progress:
+                progress(done, len(release.pictures))
+    return ranges
+
+
+def _write_patient(root, patient, pictures, file, scale):
+    folder = root / patient
+    folder.mkdir(parents=True, exist_ok=True)
+    shapes, ranges = {}, {}
     for name, source in pictures.items():
-        array, spacing = _read(source)
-        array = _labels(array, source) if name.endswith("_gt") else _greys(array)
+        array, spacing = _read(source, file, 3 if "sequence" in name else 2)
+        if name.endswith("_gt"):
+            array = _labels(array, source)
+        else:
+            if "sequence" not in name:
+                ranges[_place(source)] = camus.grey_range(array)
+            eight_bit = array.dtype == np.uint8 and scale == _AS_THEY_ARE
+            array = array if eight_bit else camus.scaled(array, *scale)
         shapes[name] = array.shape
         spacing = (1.0, 1.0) if np.isnan(spacing).any() else spacing
         nifti = nib.Nifti1Image(array.T, np.diag([-spacing[0], -spacing[1], 1, 1]))
@@ -274,25 +341,31 @@ def _write_patient(job):
     if isinstance(source, Path):
         for cfg in source.parent.glob("Info_*.cfg"):
             shutil.copyfile(cfg, folder / cfg.name)
+    return ranges
 
 
-def _read(source):
+def _read(source, file, dimensions):
     """A picture (H, W) or sequence (T, H, W), rows = depth, and (lateral, depth) spacing in mm or NaN."""
     spacing = (np.nan, np.nan)
     try:
         if not isinstance(source, Path):
-            dataset, index = source
-            array = dataset[index]
+            _, key, index = source
+            array = file[key][index]
+        elif source.name.lower().endswith((".nii", ".nii.gz")):
+            array, spacing = camus.read_nifti(source, dimensions)
+            array = array.T
         elif source.suffix == ".mhd":
             import SimpleITK
 
             image = SimpleITK.ReadImage(str(source))
             array, spacing = SimpleITK.GetArrayFromImage(image), image.GetSpacing()[:2]
+            steps = np.diag(np.reshape(image.GetDirection(), [image.GetDimension()] * 2))
+            array = np.flip(array, [-1 - axis for axis in (0, 1) if steps[axis] < 0])
         else:
             with Image.open(source) as image:
-                if image.mode not in ("L", "LA", "RGB", "RGBA"):
-                    raise ValueError(f"mode {image.mode}, not 8-bit grey")
-                array = np.asarray(image.convert("L"))
+                if image.mode not in ("L", "LA", "RGB", "RGBA", "I;16", "I"):
+                    raise ValueError(f"mode {image.mode}, not grey of 8 or 16 bits")
+                array = np.asarray(image if "I" in image.mode else image.convert("L"))
     except ImportError:
         raise DiffEchoError(
             f"{source}: reading mhd needs SimpleITK; pip install SimpleITK"
@@ -305,17 +378,11 @@ def _read(source):
             f"{_place(source)}: unreadable ({reason}); copy or write it again"
         ) from None
     array = np.squeeze(array)
-    if array.ndim not in (2, 3) or not np.isfinite(array).all():
+    if array.ndim != dimensions or not np.isfinite(array).all():
         raise DiffEchoError(
             f"{_place(source)}: shape {array.shape}, or values that are not finite; copy it again"
         )
     return array, spacing
-
-
-def _greys(array):
-    if array.dtype.kind == "f" and array.max() <= 1:
-        array = array * 255
-    return array if array.dtype == np.uint8 else array.astype(np.float32)
 
 
 def _labels(array, source):
@@ -334,8 +401,8 @@ def _labels(array, source):
 def _place(source):
     if isinstance(source, Path):
         return source
-    dataset, index = source
-    return f"{dataset.file.filename}: {dataset.name[1:]}[{index}]"
+    path, key, index = source
+    return f"{path}: {key}[{index}]"
 
 
 def _write_lists(release, folder):

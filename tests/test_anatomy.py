@@ -95,8 +95,8 @@ def test_ejection_fraction_of_every_patient(frames, phantom_root):
 
 def test_without_spacing_the_ratio_remains(phantom_root, smoke):
     table = camus.read_table(phantom_root)
-    with_spacing = anatomy.patients_ef(data.load_frames(table, smoke.side))
-    without = data.load_frames(table.assign(lateral_mm=np.nan, depth_mm=np.nan), smoke.side)
+    with_spacing = anatomy.patients_ef(data.load_frames(table, smoke))
+    without = data.load_frames(table.assign(lateral_mm=np.nan, depth_mm=np.nan), smoke)
     ef = anatomy.patients_ef(without)
     assert ef["edv"].isna().all()
     np.testing.assert_allclose(ef["ef"], with_spacing["ef"], atol=1.0)
@@ -116,14 +116,14 @@ def test_label_maps_without_a_long_axis_are_refused():
 
 def test_without_an_atrium_the_real_axes_stay(real_root):
     table = camus.select(camus.read_table(real_root), split="validation", patients=10)
-    masks = data.load_frames(table, 128).masks.numpy()
+    masks = data.load_frames(table, data.Geometry(128)).masks.numpy()
     bases = [(anatomy.long_axis(m)[0], anatomy.long_axis(np.where(m == 3, 0, m))[0]) for m in masks]
     assert max(np.linalg.norm(one - other) for one, other in bases) < 1
 
 
 def test_real_ejection_fractions(real_root):
     """49 % of all 500 patients are published as at or below 45 %: with one height, and only so."""
-    frames = data.load_frames(camus.read_table(real_root), 128)
+    frames = data.load_frames(camus.read_table(real_root), data.Geometry(128))
     for one_height, share in ((False, 0.26), (True, 0.48)):
         ef = anatomy.patients_ef(frames, one_height)["ef"]
         assert len(ef) == 450 and ef.between(0, 90).all()
@@ -137,7 +137,7 @@ def test_stretching_is_not_what_shifts_the_ejection_fraction(real_root):
     stretched = table[table["patient"].isin(native["patient"])].reset_index(drop=True)
     ef = []
     for rows in (native, stretched):
-        frames = data.load_frames(rows, 224)
+        frames = data.load_frames(rows, data.Geometry(224))
         spacing = frames.table[["lateral_mm", "depth_mm"]].fillna(1.0).to_numpy()
         volumes = [
             anatomy.biplane_volume(mask, mask, s, s)
@@ -152,7 +152,7 @@ def test_stretching_is_not_what_shifts_the_ejection_fraction(real_root):
 
 def test_real_atria_are_larger_at_end_systole(real_root):
     table = camus.read_table(real_root / "native_4ch")
-    frames = data.load_frames(table, 224)
+    frames = data.load_frames(table, data.Geometry(224))
     spacing = frames.table[["lateral_mm", "depth_mm"]].to_numpy()
     volume = [
         anatomy.biplane_volume(mask, mask, s, s, chamber="LA")

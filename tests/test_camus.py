@@ -315,6 +315,18 @@ def test_real_folds(real_root):
     assert paper == {"training": 400, "validation": 50}
 
 
+def test_real_frames_have_nothing_to_report(real_root):
+    problems, notes = camus.examine(real_root)
+    assert problems == [] and len(notes) == 1 and "8-bit frames; 0 is read as black" in notes[0]
+
+
+def test_five_real_patients_tell_left_from_right(real_root):
+    """The border in `camus.examine` has room on both sides: 0 of 20 groups of five as they are, 19 mirrored."""
+    rows = camus.select(camus.read_table(real_root), patients=100).itertuples()
+    sides = np.array([camus._look(row)[3] for row in rows]).reshape(20, 5 * 2, 2).mean(2).sum(1)
+    assert sides.min() > 0 and (sides > 4.5).sum() >= 19
+
+
 def test_real_frames(real_root):
     table = camus.read_table(real_root)
     assert table.patient.nunique() == 450 and len(table) == 1800 and table.attrs["world"] == "camus"

@@ -275,9 +275,9 @@ def test_hook_hears_what_the_last_layer_is_given(frames):
     found = metrics.network_features(classifier, frames.images[:10], batch=4)
     assert found.shape == (10, 128) and found.dtype == np.float64
     with torch.no_grad():
-        logits = classifier.fc(torch.from_numpy(found).float())
+        logits = classifier.network.fc(torch.from_numpy(found).float())
         torch.testing.assert_close(logits, classifier(frames.images[:10]))
-    assert not classifier.fc._forward_pre_hooks
+    assert not classifier.network.fc._forward_pre_hooks
 
     def seconds(call):
         started = time.process_time()

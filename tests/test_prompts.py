@@ -123,7 +123,7 @@ def test_unknown_template_and_wording_are_refused(rows):
 def test_sizes_of_the_atrium_are_the_training_patients_own(real_root):
     """The two borders are the 20th and the 80th percentile of the training patients of CAMUS."""
     table = camus.select(camus.read_table(real_root), split="training")
-    ratio = prompts.la_ratio(data.load_frames(table, 128))
+    ratio = prompts.la_ratio(data.load_frames(table, data.Geometry(128)))
     borders = (prompts.LA_SMALL, prompts.LA_ENLARGED)
     np.testing.assert_allclose(ratio.quantile([0.2, 0.8]), borders, atol=0.001)
 

@@ -35,6 +35,12 @@ def pictures(root):
     return {(row.patient, row.view, row.phase): camus.read_frame(row) for row in rows}
 
 
+def sequences(root):
+    """{(patient, view): half sequence} of a folder in the official layout."""
+    rows = camus.select(camus.read_table(root), phase="ED").itertuples()
+    return {(row.patient, row.view): camus.read_sequence(row) for row in rows}
+
+
 def stretched(pair):
     """(image, mask) at 48 x 48: in the HDF5 re-pack all frames have one size."""
     rows, columns = (np.linspace(0, n - 1, 48).astype(int) for n in pair[0].shape)
@@ -65,13 +71,14 @@ def write_mhd(path, array, spacing):
 
 def as_mhd(source, folder):
     """The older release: training/ with half sequences and older cfg keys, testing/ without label maps."""
+    films = sequences(source)
     for (patient, view, phase), pair in pictures(source).items():
         path = folder / "training" / patient / f"{patient}_{view}_{phase}.mhd"
         for mask, array in zip((False, True), pair, strict=True):
             write_mhd(path.with_stem(path.stem + SUFFIX[mask]), array, (0.308, 0.154))
         write_mhd(folder / "testing" / patient / path.name, pair[0], (0.308, 0.154))
-        film = camus.read_sequence(source, patient, view)
-        write_mhd(path.with_stem(f"{patient}_{view}_sequence"), film, (0.308, 0.154))
+        film = path.with_stem(f"{patient}_{view}_sequence")
+        write_mhd(film, films[patient, view], (0.308, 0.154))
         cfg = "LVedv: 94.0\nLVesv: 43.2\nLVef: 54\nImageQuality: Good\n"
         (path.parent / f"Info_{view}.cfg").write_text(cfg)
     shutil.copy(source / "dataset.json", folder)
@@ -115,8 +122,97 @@ def as_camus_pngs(source, folder):
     return folder
 
 
+def as_mhd_that_lies_otherwise(source, folder):
+    """Turned by half a turn, and a TransformMatrix that says so."""
+    for path in as_mhd(source, folder).rglob("*.mhd"):
+        raw, matrix = path.with_suffix(".raw"), "-1 0 0 0 -1 0 0 0 1"
+        path.write_text(path.read_text().replace("1 0 0 0 1 0 0 0 1", matrix))
+        sizes = [int(n) for n in path.read_text().split("DimSize = ")[1].split("\n")[0].split()]
+        array = np.frombuffer(raw.read_bytes(), np.uint8).reshape(sizes[::-1])
+        raw.write_bytes(array[..., ::-1, ::-1].tobytes())
+    return folder
+
+
+def as_camus_pngs_of_splits(source, folder, frames="{0}", masks="{0}", end="", change=np.asarray):
+    """CAMUS's names under a folder for the frames and one for the label maps, {0} their split."""
+    for row in camus.read_table(source).itertuples():
+        split = {"training": "Train", "validation": "Val", "testing": "TEST"}[row.split]
+        pair = camus.read_frame(row)
+        for mask, place, array in zip((False, True), (frames, masks), pair, strict=True):
+            name = (
+                f"{row.patient}_{row.view}_{row.phase}{SUFFIX[mask and frames == masks]}{end}.png"
+            )
+            path = folder / place.format(split) / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            array = array.astype(np.uint8)
+            Image.fromarray(array if mask else change(array)).save(path)
+    return folder
+
+
+def as_sdm_pngs(source, folder):
+    """As echo_from_noise writes them: a folder for each class, and all of them again."""
+    for row in camus.read_table(source).itertuples():
+        name = f"{row.patient}_{row.view}_{row.phase}_{row.split}.png"
+        pair = camus.read_frame(row)
+        for group in (f"{row.view}_{row.phase}", "all_views"):
+            for kind, array in zip(("images", "annotations"), pair, strict=True):
+                path = folder / group / kind / row.split / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(array.astype(np.uint8)).save(path)
+    return folder
+
+
+def as_nifti(source, folder, frame, mask, end=".nii"):
+    """The files under other names and in other folders; {0} is a patient's split."""
+    names = {"training": "train", "validation": "valid", "testing": "test"}
+    for row in camus.read_table(source).itertuples():
+        for path, place in ((row.image, frame), (row.label_map, mask)):
+            stem = f"{row.patient}_{row.view}_{row.phase}"
+            path, copy = nib.load(path), folder / (place.format(names[row.split], stem) + end)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            path.to_filename(copy)
+    shutil.copy(source / "dataset.json", folder)
+    return folder
+
+
+def as_nnunet(source, folder):
+    as_nifti(source, folder, "images{0}/{1}_0000", "labels{0}/{1}", ".nii.gz")
+    for old, new in (("train", "Tr"), ("test", "Ts")):
+        for kind in ("images", "labels"):
+            (folder / f"{kind}{old}").rename(folder / f"{kind}{new}")
+    for kind in ("images", "labels"):  # nnU-Net has no folder for validation
+        for path in (folder / f"{kind}valid").iterdir():
+            path.rename(folder / f"{kind}Tr" / path.name)
+    (folder / "dataset.json").write_text('{"channel_names": {"0": "US"}, "file_ending": ".nii.gz"}')
+    return folder
+
+
+def as_uncompressed(source, folder):
+    shutil.copytree(source, folder)
+    for path in folder.rglob("*.nii.gz"):
+        nib.load(path).to_filename(path.with_suffix(""))
+        path.unlink()
+    return folder
+
+
 FORMS = {
     "mhd": as_mhd,
+    "mhd turned": as_mhd_that_lies_otherwise,
+    "png splits": as_camus_pngs_of_splits,
+    "png folders": lambda source, folder: as_camus_pngs_of_splits(
+        source, folder, "{0}/images", "{0}/labels"
+    ),
+    "png 16": lambda source, folder: as_camus_pngs_of_splits(
+        source, folder, change=lambda array: array.astype(np.uint16) * 257
+    ),
+    "png sdm": as_sdm_pngs,
+    "nifti nnunet": as_nnunet,
+    "nifti flat": lambda *places: as_nifti(*places, "{0}/{1}", "{0}/{1}_gt"),
+    "nifti folders": lambda *places: as_nifti(*places, "{0}/images/{1}", "{0}/labels/{1}"),
+    "nifti labels": lambda *places: as_nifti(
+        *places, "images/{0}/{1}", "labels/{0}/{1}_gt", ".nii.gz"
+    ),
+    "nifti uncompressed": as_uncompressed,
     "hdf5": as_hdf5,
     "hdf5 85": lambda source, folder: as_hdf5(source, folder, levels=85),
     "png paper": as_paper_pngs,
@@ -135,7 +231,8 @@ def test_each_form_gives_the_same_frames(form, source, tmp_path):
     expected = pictures(source)
     if release.form == "hdf5":
         expected = {key: stretched(pair) for key, pair in expected.items()}
-    tolerance = 1 if form == "png paper" else 0  # matplotlib's colour map rounds some greys down
+    # matplotlib's colour map rounds some greys down
+    tolerance = {"png paper": 1, "png 16": 1e-4}.get(form, 0)
     assert_same_pictures(tmp_path / "camus", expected, tolerance)
     assert camus.check(tmp_path / "camus") == [] and seen[-1] == (4, 4)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["camus", "form"]
@@ -147,11 +244,8 @@ def test_mhd_keeps_spacing_cfg_sequences_and_world(source, tmp_path):
     np.testing.assert_allclose(table[["lateral_mm", "depth_mm"]], [[0.308, 0.154]] * 16, atol=1e-6)
     assert (table["ef"] == 54).all() and (table["quality"] == "Good").all()
     assert table.attrs["world"] == "phantom" and set(table["split"]) == {"training"}
-    for patient, view in (("patient0002", "2CH"), ("patient0004", "4CH")):
-        np.testing.assert_array_equal(
-            camus.read_sequence(tmp_path / "camus", patient, view),
-            camus.read_sequence(source, patient, view),
-        )
+    films, expected = sequences(tmp_path / "camus"), sequences(source)
+    assert films.keys() == expected.keys() and all((films[k] == expected[k]).all() for k in films)
     assert "16 files without their label map" in release.notes[0]
 
 
@@ -163,6 +257,45 @@ def test_splits_come_from_lists_then_folders(source, tmp_path):
     releases.convert(as_camus_pngs(source, tmp_path / "own"), tmp_path / "b")
     expected = camus.read_table(source).groupby("patient")["split"].first()
     assert camus.read_table(tmp_path / "b").groupby("patient")["split"].first().equals(expected)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_splits_of_folders_are_kept(form, source, tmp_path):
+    release = releases.recognise(FORMS[form](source, tmp_path / "form"))
+    expected = camus.read_table(source).groupby("patient")["split"].first()
+    if form in (
+        "png splits",
+        "png folders",
+        "png 16",
+        "png sdm",
+        "nifti flat",
+        "nifti folders",
+        "nifti labels",
+    ):
+        assert release.splits == expected.to_dict()
+    elif form == "nifti nnunet":
+        assert release.splits == expected.replace("validation", "training").to_dict()
+    if form == "png sdm":
+        assert release.notes[0].startswith("32 files that are there twice taken once")
+
+
+def test_foreign_descriptions_are_told_by_their_content(source, tmp_path):
+    releases.convert(as_nnunet(source, tmp_path / "nnunet"), tmp_path / "a")
+    assert camus.world(tmp_path / "a") == "camus"
+    releases.convert(as_uncompressed(source, tmp_path / "plain"), tmp_path / "b")
+    assert camus.world(tmp_path / "b") == "phantom"
+    table = camus.read_table(tmp_path / "b")
+    assert table["ef"].notna().all() and table["split"].notna().all()
+    assert sequences(tmp_path / "b").keys() == sequences(source).keys()
+
+
+def test_an_uncompressed_copy_beside_a_file_changes_nothing(source, tmp_path):
+    root = shutil.copytree(source, tmp_path / "set")
+    path = sorted(root.rglob("*_gt.nii.gz"))[0]
+    nib.load(path).to_filename(path.with_suffix(""))
+    assert releases.recognise(root).form == "official"
+    path.unlink()
+    assert releases.recognise(root).form == "nifti"
 
 
 def test_hdf5_validates_on_the_first_subjects_as_the_paper(tmp_path):
@@ -177,17 +310,24 @@ def test_hdf5_validates_on_the_first_subjects_as_the_paper(tmp_path):
     assert "not CAMUS's own numbers" in release.notes[0]
 
 
-def test_grey_values_up_to_one_become_255(source, tmp_path):
+def test_grey_values_up_to_one_become_255_by_one_rule_for_the_set(source, tmp_path):
+    """Every other picture overshoots 1 and 0 a little, as interpolation leaves them."""
     folder = as_hdf5(source, tmp_path / "form")
     with h5py.File(folder / "subject_based_dataset.hdf5", "a") as file:
         for key in [key for key in file if "frames" in key]:
             array = file[key][()] / np.float32(255)
+            array[::2, 0, :2, 0] = -0.01, 1.02
             del file[key]
             file[key] = array
-    releases.convert(folder, tmp_path / "camus")
+    notes = releases.convert(folder, tmp_path / "camus").notes
+    assert notes[-1] == "grey values: 0 was taken for black, 1 for white"
+    assert (camus.read_table(tmp_path / "camus")["white"] == 255).all()
     found = pictures(tmp_path / "camus")
-    for key, pair in pictures(source).items():
-        np.testing.assert_allclose(found[key][0], stretched(pair)[0], atol=1e-3)
+    for (patient, view, phase), pair in pictures(source).items():
+        image = stretched(pair)[0].copy()
+        if patient in ("patient0001", "patient0003"):
+            image[0, :2] = 0, 255
+        np.testing.assert_allclose(found[patient, view, phase][0], image, atol=1e-3)
 
 
 def test_data_of_any_form_is_converted_once(source, tmp_path, monkeypatch):
@@ -280,8 +420,8 @@ def test_stretched_and_binary_masks_are_refused(source, tmp_path):
         with pytest.raises(DiffEchoError, match="neither 0-3 nor 0/85/170/255") as error:
             releases.convert(folder, tmp_path / "camus")
         assert str(error.value).startswith(f"{mask}: levels")
-    Image.fromarray(np.zeros((64, 64), np.uint16)).save(mask)
-    with pytest.raises(DiffEchoError, match="not 8-bit grey"):
+    Image.fromarray(np.zeros((64, 64), np.uint8)).convert("P").save(mask)
+    with pytest.raises(DiffEchoError, match="mode P, not grey"):
         releases.convert(folder, tmp_path / "camus")
 
 
