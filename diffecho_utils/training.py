@@ -12,6 +12,7 @@ process, batch and spectral normalisation keep statistics, and dropout is each p
 
 import copy
 import hashlib
+import itertools
 import json
 import math
 import time
@@ -28,6 +29,7 @@ from diffusers.training_utils import EMAModel
 from monai.losses import DiceCELoss, JukeboxLoss
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from torch.optim.swa_utils import update_bn
 
 from diffecho_utils import DiffEchoError, assets, camus, data, models, profiles, prompts, results
 
@@ -632,8 +634,11 @@ def fit(
             ema.step(averaged)
             if watch is not None and step in watch[0]:
                 paused = time.monotonic()
-                with _averaged(objective, ema, averaged):
-                    watch[1](step)
+                before = copy.deepcopy(objective.network.state_dict())
+                _take_averages(objective, ema, averaged, tensors, recipe, seed, accelerator)
+                watch[1](step)
+                objective.network.load_state_dict(before)
+                objective.train()
                 told += time.monotonic() - paused
             due = step == recipe.steps or step % recipe.save_every == 0
             if due or (step - since) * 20 >= recipe.steps:
@@ -647,8 +652,7 @@ def fit(
                 if accelerator.is_main_process:
                     _save_state(state, objective, optimizer, ema, identity, step, rows)
                 saved = step
-    ema.copy_to(averaged)
-    objective.network.eval()
+        _take_averages(objective, ema, averaged, tensors, recipe, seed, accelerator)
     objective.to(memory_format=torch.contiguous_format)
     accelerator.wait_for_everyone()
     return pd.DataFrame(rows)
@@ -744,17 +748,30 @@ def _fork(accelerator):
         yield
 
 
-@contextmanager
-def _averaged(objective, ema, parameters):
-    """The averaged weights in place, the network in evaluation mode; both as before afterwards."""
-    ema.store(parameters)
-    ema.copy_to(parameters)
+class _Told(nn.Module):
+    """An objective that takes its batch as one dict, as torch's `update_bn` hands it on."""
+
+    def __init__(self, objective):
+        super().__init__()
+        self.objective = objective
+
+    def forward(self, batch):
+        return self.objective(**batch)
+
+
+def _take_averages(objective, ema, averaged, tensors, recipe, seed, accelerator, batches=16):
+    """Give the network its averaged weights, in evaluation mode.
+
+    Batch normalisation's statistics belong to the weights they were taken with: for the averaged ones
+    they are taken anew, over `batches` batches of the training tensors.
+    """
+    ema.copy_to(averaged)
+    chosen = itertools.chain.from_iterable(
+        _micro_batches(objective, tensors, recipe, step, seed, accelerator)
+        for step in range(-(-batches // recipe.accumulation))
+    )
+    update_bn(chosen, _Told(objective))  # takes none where the network has no such layer
     objective.network.eval()
-    try:
-        yield
-    finally:
-        ema.restore(parameters)
-        objective.train()
 
 
 def learning_rate(step, recipe):

@@ -769,3 +769,80 @@ def test_hdf5_files_are_closed(root):
     releases.convert(path, root.parent / "converted")
     with h5py.File(path, "a") as file:  # HDF5 locks a file that is open elsewhere
         assert len(file) == 8
+
+
+NUMBERS = [
+    f"{command} {option}"
+    for command, options in {
+        "phantom {out}": ["--patients 0", "--patients 2.5", "--seed -1", "--seed 99999999999"],
+        "download {out}": ["--patients 0"],
+        "book": ["--jobs 0"],
+        "train sdm --data {out} --out {out}": [
+            *("--steps 0", "--batch 0", "--accumulation 0", "--learning-rate nan"),
+            *("--learning-rate 0", "--ema 1", "--snr-gamma -5", "--minutes 0", "--minutes inf"),
+            *("--latent-channels 0", "--width nan", "--views 0", "--patients 0", "--seed -1"),
+        ],
+        "sample sdm --checkpoint {out} --out {out}": [
+            *("--n 0", "--steps 0", "--steps 1001", "--batch 0", "--patients 0", "--seed -1"),
+            *("--guidance nan", "--guidance inf", "--guidance -1", "--guidance-interval -1 5"),
+        ],
+        "downstream segmentation --data {out}": [
+            *("--share 0", "--share nan", "--seeds 0", "--steps 0", "--patients 0"),
+        ],
+    }.items()
+    for option in options
+]
+
+
+@pytest.mark.parametrize("line", NUMBERS)
+def test_numbers_are_checked_before_anything_is_read_or_written(line, tmp_path, capsys):
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit) as stopped:
+        main([word.format(out=out) for word in line.split()])
+    option = re.search(r"--[a-z-]+(?= \S+( 5)?$)", line)[0]
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and f"argument {option}:" in said
+    assert re.search("must be at least|invalid whole number", said)
+    assert not out.exists()
+
+
+def test_places_that_cannot_be_written_are_named(source, tmp_path, capsys):
+    file = tmp_path / "file"
+    file.write_text("not a folder")
+    for command in (
+        ["phantom", "/proc/nowhere/phantom", "--patients", "1"],
+        ["phantom", file / "phantom", "--patients", "1"],
+        ["convert", source.parent / "none", file / "set"],
+        ["prompts", source, tmp_path / "missing" / "prompts.csv"],
+        ["prompts", source, tmp_path],
+    ):
+        assert main(command) == 1
+        assert re.match(r"error: \S*/\S+: \w.*; \w+", capsys.readouterr().err), command
+    assert file.read_text() == "not a folder" and list(tmp_path.iterdir()) == [file]
+
+
+def test_a_run_of_other_settings_is_refused_and_kept(source, root, tmp_path, capsys):
+    """Another seed, another folder, other squares, an unreadable state: named, and with a remedy."""
+    out = tmp_path / "run"
+    train = "train segmenter --profile smoke --split all --patients 2".split()
+    train += ["--data", root, "--out", out]
+    assert main(train) == 0
+    state = out / "state" / "segmenter.safetensors"
+    whole = state.read_bytes()
+    rewrite(maps(root)[:1], lambda mask: np.roll(mask, 1))
+    for extra, changed in (
+        ([], "frames"),
+        (["--seed", "1"], "seed"),
+        (["--stretch"], "stretched"),
+        (["--batch", "2"], "batch"),
+    ):
+        capsys.readouterr()
+        assert main([*train, *extra]) == 1
+        said = capsys.readouterr().err
+        assert str(state) in said and "--restart" in said
+        assert re.search(rf"another .*{changed} \(", said)
+        assert state.read_bytes() == whole
+    state.write_bytes(whole[: len(whole) // 2])
+    assert main(train) == 1
+    assert f"{state}: damaged" in capsys.readouterr().err
+    assert main([*train, "--restart"]) == 0

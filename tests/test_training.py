@@ -91,6 +91,39 @@ def test_gan_stage_resumes_too_and_leaves_the_encoder_alone(smoke, frames, tmp_p
     assert any(n.startswith("discriminator") for n in changed)
 
 
+def test_batch_statistics_are_of_the_averaged_weights(latents):
+    """On the way as at the end: what the network's normalisation expects is what its weights give."""
+
+    class Normalised(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            layers = torch.nn.Linear(256, 3), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 1)
+            self.network = torch.nn.Sequential(*layers)
+
+        def draw(self, batch, generator):
+            return {}
+
+        def forward(self, latents):
+            return (self.network(latents.flatten(1)) - 5).square().mean(), {}
+
+    latents = {"latents": latents["latents"][:8]}  # two batches are all
+    objective, gaps = Normalised(), []
+
+    def look(step=None):
+        linear, norm, _ = objective.network
+        given = linear(latents["latents"].flatten(1))
+        gaps.append((norm.running_mean - given.mean(0)).abs().max().item())
+
+    recipe = replace(RECIPE, steps=60, learning_rate=0.03)
+    plain = Normalised()
+    training.fit(plain, latents, recipe, None, progress=str)
+    training.fit(objective, latents, recipe, None, progress=str, watch=({20, 40}, look))
+    look()
+    assert max(gaps) < 1e-4
+    assert distance(weights(plain), weights(objective)) == 0, "looking changed the training"
+
+
 def test_accumulation_is_a_larger_batch(smoke, latents):
     start, large, small = diffusion(smoke), diffusion(smoke), diffusion(smoke)
     training.fit(large, latents, replace(RECIPE, batch=8), None, progress=str)
