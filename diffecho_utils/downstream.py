@@ -1,6 +1,6 @@
 """Do the images serve? Segmentation and classification networks, trained and scored.
 
-Chapters 02 to 08, and the phantom's measurement. `train_segmenter` calls the one training loop
+Chapters 02 to 10, and the phantom's measurement. `train_segmenter` calls the one training loop
 (`training.fit`), so a run resumes and is a function of its seed.
 """
 

@@ -441,7 +441,8 @@ def _stages(model, frames, profile, parts, needs, seed, cache_dir, settings):
         folder = needs.get("autoencoder") or models.needed(needs["text"], "autoencoder")
         vae = models.load_autoencoder(folder).to(models.device())
         _check_latents(vae, folder, frames, profile)
-    views = data.latent_views(vae, frames, profile.jittered_views, seed, cache_dir, **JITTER)
+    with models.processes().main_process_first():  # the others find the cache
+        views = data.latent_views(vae, frames, profile.jittered_views, seed, cache_dir, **JITTER)
     if model == "unconditional":
         return _unconditional(frames, profile, views, parts, settings)
     if model == "sdm":
