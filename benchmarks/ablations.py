@@ -25,14 +25,17 @@ from torch.nn import functional as F
 from diffecho_utils import (
     assets,
     camus,
+    checkpoints,
     data,
     downstream,
     metrics,
     models,
+    objectives,
     profiles,
     prompts,
     results,
     sampling,
+    synthetic,
     training,
 )
 
@@ -49,7 +52,7 @@ def main():
     options = parser.parse_args()
     profile = profiles.get("cpu")
     rows = camus.select(camus.read_table(options.data), "training")
-    generator = models.load_generator(assets.checkpoint("camus", "text"))
+    generator = checkpoints.load_generator(assets.checkpoint("camus", "text"))
     frames = data.load_frames(rows, generator, cache_dir=assets.workspace() / "cache")
     values = {"flips": flips, "words": words}[options.name](frames, profile, options)
     results.save(
@@ -67,7 +70,7 @@ def main():
 
 def flips(frames, profile, options):
     """Shares of mirrored images, before and after training with and without mirrored frames."""
-    generator = models.load_generator(assets.checkpoint("camus", "unconditional"))
+    generator = checkpoints.load_generator(assets.checkpoint("camus", "unconditional"))
     mine = frames.where(frames.classes.numpy() == CLASS)
     views = data.latent_views(generator.vae, mine, profile.jittered_views, **training.JITTER)
     mirrored = data.encode(generator.vae, mine.images.flip(-1))
@@ -86,7 +89,7 @@ def flips(frames, profile, options):
         network = models.build_unconditional(profile)
         if not fresh:
             network.load_state_dict(unet.state_dict())
-        objective = training.DiffusionObjective(
+        objective = objectives.DiffusionObjective(
             models.Unconditional([network]), generator.scheduler
         )
         recipe = replace(
@@ -120,8 +123,8 @@ def measure(generator, weights, only=False):
 def words(frames, profile, options):
     """Share of view and phase recognised: words, strings never seen, and strings trained on."""
     checkpoint = assets.checkpoint("camus", "text")
-    judge = models.load_network(assets.checkpoint("camus", "classifier"))
-    table, _ = sampling.plan("text", len(SEEDS) // 4)
+    judge = checkpoints.load_network(assets.checkpoint("camus", "classifier"))
+    table, _ = synthetic.plan("text", len(SEEDS) // 4)
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         training.train(
@@ -129,19 +132,19 @@ def words(frames, profile, options):
             frames,
             profiles.adapt(profile, "text", batch=64, learning_rate=options.learning_rate),
             folder,
-            needs={name: models.needed(checkpoint, name) for name in training.MODELS["text"]},
+            needs={name: checkpoints.needed(checkpoint, name) for name in training.MODELS["text"]},
             start=checkpoint,
             minutes=options.minutes,
             cache_dir=assets.workspace() / "cache",
             templates=("random",),
         )
-        recipe = models.read_training(folder)["recipes"]["text"]
+        recipe = checkpoints.read_training(folder)["recipes"]["text"]
         for name, place, template in (
             ("words", checkpoint, "paper"),
             ("random strings, never trained", checkpoint, "random"),
             ("random strings, trained on", folder, "random"),
         ):
-            generator = models.load_generator(place)
+            generator = checkpoints.load_generator(place)
             given = prompts.make(table, template)
             images = sampling.sample(generator, SEEDS, 20, guidance=3.0, prompts=given)
             found[name] = recognised(downstream.classify(judge, images), camus.class_index(table))

@@ -17,10 +17,11 @@ import torch
 from diffecho_utils import (
     assets,
     camus,
+    checkpoints,
     data,
     downstream,
+    files,
     metrics,
-    models,
     phantom,
     profiles,
     results,
@@ -34,7 +35,7 @@ def main():
     parser.add_argument("--both", type=Path, nargs="+", required=True, help="both stages")
     options = parser.parse_args()
     profile = profiles.get("cpu")
-    segmenter = models.load_network(assets.checkpoint("camus", "segmenter"))
+    segmenter = checkpoints.load_network(assets.checkpoint("camus", "segmenter"))
     real = held_out(options.data, segmenter)
     simulated = assets.workspace() / f"phantom-{profile.name}"
     phantom.ensure(simulated, patients=profile.phantom_patients, seed=profile.phantom_seed)
@@ -44,7 +45,7 @@ def main():
     pictures = {"original": simulated}
     for stage, folders in (("first stage", options.first), ("both stages", options.both)):
         for folder in folders:
-            vae = models.load_autoencoder(folder)
+            vae = checkpoints.load_autoencoder(folder)
             name = f"{vae.config.latent_channels} channels, {stage}"
             images = through(vae, real.images)
             rows[name] = fidelity(images, real) | measure(images, real, segmenter)
@@ -63,7 +64,7 @@ def main():
     )
     bytes_ = {name: (127.5 * (x + 1)).round().to(torch.uint8) for name, x in pictures.items()}
     facts = {"world": "phantom", "licence": results.LICENCES["camus"]}  # drawn by CAMUS's decoders
-    data.save_tensors(folder / "autoencoders.safetensors", bytes_, facts)
+    files.save_tensors(folder / "autoencoders.safetensors", bytes_, facts)
 
 
 def held_out(root, like, patients=None):

@@ -16,6 +16,7 @@ import torch
 from diffecho_utils import (
     assets,
     camus,
+    checkpoints,
     data,
     downstream,
     metrics,
@@ -25,6 +26,7 @@ from diffecho_utils import (
     prompts,
     results,
     sampling,
+    synthetic,
 )
 
 
@@ -42,11 +44,11 @@ def main():
     )
     patients = unseen.table["patient"].to_numpy()
 
-    vae = models.load_autoencoder(folders["autoencoder"])
+    vae = checkpoints.load_autoencoder(folders["autoencoder"])
     again = data.decode(vae, data.encode(vae, unseen.images))
     brief = replace(profile.segmentation, steps=400)
     judge, _ = downstream.train_segmenter(known, profile, recipe=brief)
-    generator = models.load_generator(folders["text-seg"])
+    generator = checkpoints.load_generator(folders["text-seg"])
     drawn = sampling.sample(
         generator,
         1000 + np.arange(len(unseen)),
@@ -88,8 +90,8 @@ def interval(values, groups):
 @torch.no_grad()
 def retrieved(folder, frames):
     """Share of frames to which CLIP gives, of the four classes' sentences, the right view and phase."""
-    clip, tokenizer = models.load_clip(folder)
-    kinds, _ = sampling.plan("text", 1)
+    clip, tokenizer = checkpoints.load_clip(folder)
+    kinds, _ = synthetic.plan("text", 1)
     ids = models.tokens(tokenizer, prompts.make(kinds, "paper"))
     logits = clip(input_ids=ids, pixel_values=frames.images).logits_per_image
     return downstream.class_accuracies(logits.softmax(1), frames.classes)

@@ -29,14 +29,14 @@ from segmentation import real_frames
 
 from diffecho_utils import (
     assets,
+    backbones,
     camus,
     data,
     downstream,
     metrics,
-    models,
     profiles,
     results,
-    sampling,
+    synthetic,
 )
 
 SETS = ("unconditional", "text", "text-seg", "sdm")
@@ -70,7 +70,7 @@ ARMS |= {  # as many epochs for each real frame as the first arm has
     "real, longer": {"length": 1 + SHARE},
     "real + text-seg, longer": {"set": "text-seg", "length": 1 + SHARE},
 }
-for name in models.BACKBONES:
+for name in backbones.BACKBONES:
     large = {"network": name, "side": 64}
     ARMS |= {f"real, {name}": large, f"real + text-seg, {name}": large | {"set": "text-seg"}}
 
@@ -106,7 +106,7 @@ def main():
             frames, folder = real, asked["set"] and options.sets / asked["set"]
             if folder:
                 if folder not in sets:
-                    sets[folder] = sampling.read_frames(folder, profile.side)
+                    sets[folder] = synthetic.read_frames(folder, profile.side)
                 frames = downstream.with_synthetic(real, sets[folder], SHARE, seed)
             if asked["alone"]:
                 frames = frames.where(np.arange(len(frames)) >= len(real))
@@ -127,7 +127,7 @@ def main():
                 progress=lambda line: None,
                 **({} if asked["augment"] else data.STILL),
             )
-            made = sampling.read_settings(folder) if folder else None
+            made = synthetic.read_settings(folder) if folder else None
             results.save(
                 out,
                 name,

@@ -22,8 +22,10 @@ from diffecho_utils import (
     anatomy,
     assets,
     camus,
+    checkpoints,
     data,
     downstream,
+    files,
     metrics,
     models,
     profiles,
@@ -68,7 +70,7 @@ def main():
     }
     values["panel"] = {name: {} for name in measured}
     for model in models.GENERATORS:
-        generator = models.load_generator(assets.checkpoint("camus", model))
+        generator = checkpoints.load_generator(assets.checkpoint("camus", model))
         runs = [drawn(generator, unseen, profile.sampling_steps, seed) for seed in RUNS]
         masked = "masks" in sampling.CONDITIONS[model]
         whole = [of_images(images, unseen, encoders, masked) for images in runs]
@@ -110,10 +112,10 @@ def load_encoders():
     """{"see": {name: images -> (N, D)}, "judges": (segmenter, classifier)}, all shipped."""
     at = assets.checkpoint
     segmenter, classifier = (
-        models.load_network(at("camus", n)) for n in ("segmenter", "classifier")
+        checkpoints.load_network(at("camus", n)) for n in ("segmenter", "classifier")
     )
-    vae = models.load_autoencoder(at("camus", "autoencoder"))
-    clip, _ = models.load_clip(at("camus", "clip"))
+    vae = checkpoints.load_autoencoder(at("camus", "autoencoder"))
+    clip, _ = checkpoints.load_clip(at("camus", "clip"))
     see = {
         "classifier": lambda images: metrics.network_features(classifier, images),
         "autoencoder": lambda images: metrics.features(vae, images),
@@ -141,10 +143,10 @@ def write_features(out, real, known, unseen, world):
     }
     facts = {"world": world, "licence": results.LICENCES.get(world, "")}
     facts |= {
-        name: models.weights_digest(assets.checkpoint("camus", name))
+        name: checkpoints.weights_digest(assets.checkpoint("camus", name))
         for name in ("classifier", "clip")
     }
-    data.save_tensors(out / "08_features.safetensors", tensors, facts)
+    files.save_tensors(out / "08_features.safetensors", tensors, facts)
 
 
 def of_images(images, frames, encoders, masked):

@@ -10,7 +10,16 @@ those of the phantom frame on top of its column.
 import torch
 from PIL import Image
 
-from diffecho_utils import assets, camus, data, models, phantom, plots, profiles, sampling
+from diffecho_utils import (
+    assets,
+    camus,
+    checkpoints,
+    data,
+    phantom,
+    plots,
+    profiles,
+    sampling,
+)
 
 GENERATORS = {"unconditional": "class", "text": "text", "text-seg": "text + map", "sdm": "SDM"}
 
@@ -29,7 +38,7 @@ def main():
         folder = assets.root() / "data" / "checkpoints" / "camus" / model
         if folder.is_dir():
             seeds = range(len(frames))
-            generator = models.load_generator(folder)
+            generator = checkpoints.load_generator(folder)
             dials = {"guidance": generator.guidance} | sampling.told(model, frames)
             pictures.append(sampling.sample(generator, seeds, profile.sampling_steps, **dials))
             names.append(name)

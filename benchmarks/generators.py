@@ -21,13 +21,16 @@ from safetensors.torch import load_file
 from diffecho_utils import (
     assets,
     camus,
+    checkpoints,
     data,
     downstream,
+    files,
     metrics,
     models,
     profiles,
     results,
     sampling,
+    synthetic,
 )
 
 RUNS = (1000, 2000, 3000)  # seed of each run's first image
@@ -47,14 +50,14 @@ def main():
     profile, table = profiles.get("cpu"), camus.read_table(options.data)
     cache = assets.workspace() / "cache"
     judges = [
-        models.load_network(assets.checkpoint("camus", name))
+        checkpoints.load_network(assets.checkpoint("camus", name))
         for name in ("segmenter", "classifier")
     ]
     known, unseen = (
         data.load_frames(camus.select(table, split), judges[0], cache_dir=cache)
         for split in ("training", "validation")
     )
-    vae = models.load_autoencoder(assets.checkpoint("camus", "autoencoder"))
+    vae = checkpoints.load_autoencoder(assets.checkpoint("camus", "autoencoder"))
     real = [
         data.latent_views(vae, frames, cache_dir=cache)["latents"] for frames in (known, unseen)
     ]
@@ -66,7 +69,7 @@ def main():
     values |= {"real": yardstick | judged(unseen.images, unseen, judges, masked=True)}
     faster = {}
     for model in models.GENERATORS:
-        generator = models.load_generator(assets.checkpoint("camus", model))
+        generator = checkpoints.load_generator(assets.checkpoint("camus", model))
         values["guidance"][model] = generator.guidance
         runs = [drawn(generator, unseen, profile.sampling_steps, seed) for seed in RUNS]
         latents = [data.encode(vae, images) for images in runs]
@@ -114,12 +117,12 @@ def patients(frames):
 def drawn(generator, frames, steps, seed):
     """One image for each frame, from _build/drawn if they are there: rounded to 8 bits."""
     asked = frames.table.assign(prompt=sampling.told("text", frames)["prompts"])
-    asked = sampling.plan_digest(asked[["view", "phase", "prompt"]], frames.masks)
-    key = f"{sampling.digest(generator)}-{generator.guidance:g}-{asked}-{steps}-{seed}"
+    asked = synthetic.plan_digest(asked[["view", "phase", "prompt"]], frames.masks)
+    key = f"{synthetic.digest(generator)}-{generator.guidance:g}-{asked}-{steps}-{seed}"
     path = assets.workspace() / "drawn" / f"{generator.model}-{key}.safetensors"
     if not path.is_file():
         images, _ = draw(generator, frames, steps, seed)
-        data.save_tensors(path, {"images": ((images + 1) * 127.5).round().byte()})
+        files.save_tensors(path, {"images": ((images + 1) * 127.5).round().byte()})
     return load_file(path)["images"].float() / 127.5 - 1
 
 

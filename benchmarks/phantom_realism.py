@@ -32,6 +32,7 @@ from diffecho_utils import (
     camus,
     data,
     downstream,
+    files,
     metrics,
     phantom,
     profiles,
@@ -215,7 +216,7 @@ def phantom_frames(ingredients, patients, folder, workers=None):
         images, masks = (torch.stack(arrays) for arrays in zip(*pairs, strict=True))
         return {"images": images[:, None], "masks": masks}
 
-    stored = data.cached(folder / "frames", "phantom", key, make)
+    stored = files.cached(folder / "frames", "phantom", key, make)
     rows = [(phantom.patient(seed, i).name, *c) for i in range(patients) for c in camus.CLASSES]
     table = pd.DataFrame(rows, columns=TABLE[:3]).assign(split="training")
     return frames_of(stored["images"], stored["masks"], table)

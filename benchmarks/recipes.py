@@ -13,7 +13,16 @@ from dataclasses import replace
 import pandas as pd
 import torch
 
-from diffecho_utils import DiffEchoError, camus, models, profiles, prompts, results, training
+from diffecho_utils import (
+    DiffEchoError,
+    camus,
+    models,
+    objectives,
+    profiles,
+    prompts,
+    results,
+    training,
+)
 
 
 def main():
@@ -72,15 +81,15 @@ def trainings(profile):
     mapped = models.SemanticDiffusion(models.build_sdm(profile))
     text = models.TextGuided(models.build_text_unet(profile))
     scheduler, told = models.build_scheduler(), latents | {"prompts": ids}
-    clip = training.ContrastiveObjective(
+    clip = objectives.ContrastiveObjective(
         models.build_clip(profile, tokenizer), models.tokens(tokenizer, ["", *texts])
     )
-    first = training.ReconstructionObjective(vae, profile.crop)
+    first = objectives.ReconstructionObjective(vae, profile.crop)
     discriminator = models.build_discriminator()
-    second = training.TextureObjective(
+    second = objectives.TextureObjective(
         models.build_autoencoder(profile), discriminator, profile.crop
     )
-    diffusion = training.DiffusionObjective
+    diffusion = objectives.DiffusionObjective
     return {
         "autoencoder": (first, {"images": images}, profile.autoencoder, 1),
         "autoencoder, texture": (second, {"images": images}, profile.texture, 1),

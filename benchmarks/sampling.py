@@ -27,13 +27,15 @@ from diffecho_utils import (
     DiffEchoError,
     assets,
     camus,
+    checkpoints,
     data,
     downstream,
+    files,
     metrics,
-    models,
     profiles,
     results,
     sampling,
+    synthetic,
 )
 
 SEED = 1000  # of the first image; frame i has the same noise in every row
@@ -58,7 +60,7 @@ def main():
     profile = profiles.get("cpu")
     folder = options.out or assets.root() / "data" / "results" / "camus" / profile.name
     table = camus.select(camus.read_table(options.data), "validation")
-    generator = models.load_generator(assets.checkpoint("camus", "sdm"))
+    generator = checkpoints.load_generator(assets.checkpoint("camus", "sdm"))
     frames = data.load_frames(table, generator, cache_dir=assets.workspace() / "cache")
     frames = frames.where(np.arange(len(frames)) < options.frames)
     meter = Meter(frames)
@@ -72,7 +74,7 @@ def main():
         if not path.is_file() and options.kind in (None, kind):
             row = meter.row(**todo)
             print(name, row, flush=True)
-            results.write_text(path, json.dumps(row, default=float))
+            files.write_text(path, json.dumps(row, default=float))
         if path.is_file():
             values[kind][name] = json.loads(path.read_text())
     given = meter.judged(frames.images, np.full(len(frames), True))
@@ -121,13 +123,13 @@ class Meter:
     def __init__(self, frames):
         folders = {name: assets.checkpoint("camus", name) for name in SCALES}
         self.frames = frames
-        self.generators = {name: models.load_generator(path) for name, path in folders.items()}
-        self.weights = {name: sampling.digest(g) for name, g in self.generators.items()}
+        self.generators = {name: checkpoints.load_generator(path) for name, path in folders.items()}
+        self.weights = {name: synthetic.digest(g) for name, g in self.generators.items()}
         self.segmenter, self.classifier = (
-            models.load_network(assets.checkpoint("camus", name))
+            checkpoints.load_network(assets.checkpoint("camus", name))
             for name in ("segmenter", "classifier")
         )
-        coder = models.read_training(folders["sdm"])["needs"]["autoencoder"]["sha256"]
+        coder = checkpoints.read_training(folders["sdm"])["needs"]["autoencoder"]["sha256"]
         with safe_open(assets.features("camus", "cpu", "03_features"), "np") as file:
             real, facts = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
         if facts["autoencoder"] != coder:

@@ -25,7 +25,16 @@ import argparse
 import re
 from pathlib import Path
 
-from diffecho_utils import assets, camus, data, downstream, profiles, results, sampling
+from diffecho_utils import (
+    assets,
+    camus,
+    data,
+    downstream,
+    profiles,
+    results,
+    runs,
+    synthetic,
+)
 
 SETS = ("text-seg", "sdm")
 PLAIN = {
@@ -101,7 +110,7 @@ def main():
             frames = mine = real.where(real.table.patient.isin(first))
             if folder:
                 if folder not in sets:
-                    sets[folder] = sampling.read_frames(folder, profile.side)
+                    sets[folder] = synthetic.read_frames(folder, profile.side)
                 frames = sets[folder]
                 if asked["share"]:
                     frames = downstream.with_synthetic(mine, frames, asked["share"], seed)
@@ -120,7 +129,7 @@ def main():
                 compiled=options.compiled and asked["recipe"] == "tuned",
                 **({} if asked["augment"] else data.STILL),
             )
-            made = sampling.read_settings(folder) if folder else None
+            made = synthetic.read_settings(folder) if folder else None
             results.save(
                 out,
                 name,
@@ -131,7 +140,7 @@ def main():
                 seeds=[seed],
                 split="validation",
             )
-            print(downstream.summary([run | {"arm": arm}]).T.to_string(), flush=True)
+            print(runs.summary([run | {"arm": arm}]).T.to_string(), flush=True)
 
 
 if __name__ == "__main__":

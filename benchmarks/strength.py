@@ -18,6 +18,7 @@ import numpy as np
 from diffecho_utils import (
     assets,
     camus,
+    checkpoints,
     data,
     downstream,
     metrics,
@@ -37,14 +38,14 @@ def main():
     options = parser.parse_args()
     profile = profiles.get("cpu")
     rows = camus.select(camus.read_table(options.data), "training")
-    judge = models.load_network(assets.checkpoint("camus", "segmenter"))
+    judge = checkpoints.load_network(assets.checkpoint("camus", "segmenter"))
     frames = data.load_frames(rows, judge, cache_dir=assets.workspace() / "cache")
     patients = frames.table["patient"].unique()
     mine = frames.table["patient"].isin(patients[: FRAMES // 4])
     asked, others = frames.where(mine), frames.where(~mine)
     found, chosen = {}, {}
     for model, dial in DIALS.items():
-        generator = models.load_generator(assets.checkpoint("camus", model))
+        generator = checkpoints.load_generator(assets.checkpoint("camus", model))
         reference = metrics.features(generator.vae, others.images)
         found[model] = {}
         for value in dial:

@@ -21,7 +21,18 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from diffecho_utils import assets, camus, data, models, phantom, profiles, sampling, training
+from diffecho_utils import (
+    assets,
+    camus,
+    checkpoints,
+    data,
+    models,
+    objectives,
+    phantom,
+    profiles,
+    synthetic,
+    training,
+)
 
 
 class ImageFiles(Dataset):
@@ -77,7 +88,7 @@ def usual_loop(denoiser, vae, encode_text, texts, loader, steps, batch, masked):
 def our_loop(denoiser, tensors, states, steps, batch):
     """Seconds of `steps` steps of `training.fit` on cached tensors."""
     recipe = profiles.Recipe(steps=steps, batch=batch, learning_rate=1e-4, warmup=1)
-    objective = training.DiffusionObjective(denoiser, models.build_scheduler(), states)
+    objective = objectives.DiffusionObjective(denoiser, models.build_scheduler(), states)
     training.fit(objective, tensors, replace(recipe, steps=2), None, progress=lambda _: None)
     started = time.perf_counter()
     training.fit(objective, tensors, recipe, None, progress=lambda _: None)
@@ -108,7 +119,7 @@ def main():
         clip_folder,
         progress=str,
     )
-    encode_text = models.TextEncoder(clip_folder)
+    encode_text = checkpoints.TextEncoder(clip_folder)
 
     started = time.perf_counter()
     views = data.latent_views(vae, frames, 1)
@@ -119,7 +130,7 @@ def main():
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for i, (image, mask) in enumerate(zip(frames.images, frames.masks, strict=True)):
-            sampling.save_image(image, Path(folder) / f"image{i}.png")
+            synthetic.save_image(image, Path(folder) / f"image{i}.png")
             Image.fromarray(mask.numpy()).save(Path(folder) / f"mask{i}.png")
         files = ImageFiles(Path(folder), len(frames), profile.side)
         loader = DataLoader(files, batch_size=options.batch, num_workers=1)

@@ -114,11 +114,11 @@ def download_command(options):
 
 
 def prompts_command(options):
-    from diffecho_utils import data, profiles, results
+    from diffecho_utils import data, files, profiles
 
     frames = data.load_frames(camus.read_table(options.root), profiles.get("cpu"))
     table = prompts.wordings(prompts.facts(frames), options.template)
-    results.write_text(options.out, table.to_csv(index=False, lineterminator="\n"))
+    files.write_text(options.out, table.to_csv(index=False, lineterminator="\n"))
     print(f"wrote {prompts.WORDINGS} prompts for each of {len(frames)} frames to {options.out}")
 
 
@@ -182,12 +182,12 @@ def _missing_classes(rows):
 
 
 def sample_command(options):
-    from diffecho_utils import assets, data, models, sampling
+    from diffecho_utils import assets, checkpoints, data, models, sampling, synthetic
 
     if options.masks and "masks" not in sampling.CONDITIONS[options.model]:
         raise DiffEchoError(f"{options.model} is told no label maps; leave --masks out")
-    generator = models.load_generator(options.checkpoint)
-    made = models.read_training(options.checkpoint)
+    generator = checkpoints.load_generator(options.checkpoint)
+    made = checkpoints.read_training(options.checkpoint)
     if generator.model != options.model:
         raise DiffEchoError(f"{options.checkpoint}: a checkpoint of {generator.model}")
     state = models.processes()
@@ -203,8 +203,8 @@ def sample_command(options):
         classes = sorted(set(camus.class_index(rows)))
         facts |= {"masks_world": rows.attrs["world"], "masks_split": options.split}
         facts |= {"masks_patients": rows["patient"].nunique()}
-    planned = sampling.plan(options.model, options.n, frames, options.template, classes)
-    table = sampling.write_synthetic(
+    planned = synthetic.plan(options.model, options.n, frames, options.template, classes)
+    table = synthetic.write(
         generator,
         options.out,
         *planned,
@@ -225,6 +225,7 @@ def sample_command(options):
 def evaluate_command(options):
     from diffecho_utils import (
         assets,
+        checkpoints,
         data,
         downstream,
         metrics,
@@ -232,7 +233,7 @@ def evaluate_command(options):
         plots,
         profiles,
         results,
-        sampling,
+        synthetic,
     )
 
     if options.figure and options.figure.suffix not in _FIGURES:
@@ -243,7 +244,7 @@ def evaluate_command(options):
         camus.select(table, split, patients=profile.patients)
         for split in ("training", options.split)
     ]
-    images, metadata = sampling.read_synthetic(options.synthetic)
+    images, metadata = synthetic.read(options.synthetic)
     named = {options.synthetic: metadata, "training": rows[0], options.split: rows[1]}
     for name, there in named.items():
         if missing := _missing_classes(there):
@@ -257,7 +258,7 @@ def evaluate_command(options):
     )
     names = [str(options.synthetic / name) for name in metadata["file_name"]]
     metrics.check_images(images, names=names)
-    maps = sampling.read_label_maps(options.synthetic, metadata, geometry.side)
+    maps = synthetic.read_label_maps(options.synthetic, metadata, geometry.side)
     see, classes = _features(options), camus.class_index(metadata)
     values = metrics.panel(
         see(images),
@@ -269,7 +270,7 @@ def evaluate_command(options):
         held_out.table["patient"].to_numpy(),
     )
     judges = [
-        models.load_network(assets.checkpoint("camus", name)).to(models.device())
+        checkpoints.load_network(assets.checkpoint("camus", name)).to(models.device())
         for name in ("segmenter", "classifier")
     ]
     mine = downstream.read_by_judges(judges, images, classes, maps)
@@ -303,26 +304,26 @@ def evaluate_command(options):
 
 def _features(options):
     """Images to features, by the network that `evaluate --features` names."""
-    from diffecho_utils import assets, data, metrics, models
+    from diffecho_utils import assets, checkpoints, data, metrics, models
 
     if options.features == "inception":
         inception = metrics.load_inception(options.inception).to(models.device())
         return lambda images: metrics.inception_features(inception, images)
     folder = assets.checkpoint("camus", options.features)
     if options.features == "classifier":
-        classifier = models.load_network(folder).to(models.device())
+        classifier = checkpoints.load_network(folder).to(models.device())
         return lambda images: metrics.network_features(classifier, images)
     if options.features == "clip":
-        clip = models.load_clip(folder)[0].to(models.device())
+        clip = checkpoints.load_clip(folder)[0].to(models.device())
         return lambda images: metrics.clip_features(clip, images)
     folder = options.autoencoder or folder
-    side = models.read_training(folder)["side"]
-    vae = models.load_autoencoder(folder).to(models.device())
+    side = checkpoints.read_training(folder)["side"]
+    vae = checkpoints.load_autoencoder(folder).to(models.device())
     return lambda images: metrics.features(vae, data.resized(images, side))
 
 
 def downstream_command(options):
-    from diffecho_utils import assets, data, downstream, profiles, results, sampling
+    from diffecho_utils import assets, data, downstream, profiles, results, runs, synthetic
 
     if options.synthetic_only and not options.synthetic:
         raise DiffEchoError("--synthetic-only trains on a set; name one with --synthetic DIR")
@@ -333,15 +334,15 @@ def downstream_command(options):
     test_rows = camus.select(tests, options.test_split, patients=profile.patients)
     _enough(rows, options.patients, options.train_split, options.data)
     downstream.check_apart(rows, test_rows)
-    synthetic, geometry = None, data.Geometry(profile.side, options.stretch)
+    drawn, geometry = None, data.Geometry(profile.side, options.stretch)
     if options.synthetic:
-        synthetic = sampling.read_frames(options.synthetic, profile.side)
+        drawn = synthetic.read_frames(options.synthetic, profile.side)
         if options.task == "segmentation":
-            downstream.check_label_maps(synthetic, options.synthetic)
-        geometry = synthetic
+            downstream.check_label_maps(drawn, options.synthetic)
+        geometry = drawn
     real, test = (data.load_frames(r, geometry, cache_dir=cache) for r in (rows, test_rows))
     arm, name = "real", options.synthetic and options.synthetic.name
-    if synthetic is not None:
+    if drawn is not None:
         arm = f"{name} alone" if options.synthetic_only else f"real + {options.share:g} {name}"
     settings = {"steps": options.steps}
     if options.no_augmentation:
@@ -351,24 +352,24 @@ def downstream_command(options):
     else:
         train = downstream.classification_run
         settings |= {"network": options.network, "pretrained": options.pretrained}
-    runs = []
+    done = []
     for seed in range(options.seeds):
         frames = real
-        if synthetic is not None:
-            frames = synthetic
+        if drawn is not None:
+            frames = drawn
             if not options.synthetic_only:
-                frames = downstream.with_synthetic(real, synthetic, options.share, seed)
+                frames = downstream.with_synthetic(real, drawn, options.share, seed)
         if options.match_epochs:
             steps = options.steps or getattr(profile, options.task).steps
             settings["steps"] = round(steps * len(frames) / len(real))
         print(f"{arm}, seed {seed}: {len(frames)} frames", flush=True)
-        runs.append(train(frames, test, profile, seed=seed, **settings) | {"arm": arm})
-    print(downstream.summary(runs).T.to_string(float_format="{:.3f}".format))
+        done.append(train(frames, test, profile, seed=seed, **settings) | {"arm": arm})
+    print(runs.summary(done).T.to_string(float_format="{:.3f}".format))
     if options.json:
         results.save(
             options.json.parent,
             options.json.stem,
-            {"version": downstream.RUN_VERSION, "arm": arm, "runs": runs},
+            {"version": downstream.RUN_VERSION, "arm": arm, "runs": done},
             world=table.attrs["world"],
             profile=profile.name,
             split=options.test_split,

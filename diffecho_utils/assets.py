@@ -14,7 +14,11 @@ from pathlib import Path
 
 import pooch
 
-from diffecho_utils import DiffEchoError, __version__, results
+from diffecho_utils import (
+    DiffEchoError,
+    __version__,
+    results,
+)
 
 REGISTRY = Path(__file__).with_name("registry.txt")  # lines "path sha256"
 
@@ -150,7 +154,7 @@ def write_registry(folder, path=REGISTRY):
         f"{p.relative_to(folder).as_posix()} {hashlib.sha256(p.read_bytes()).hexdigest()}\n"
         for p in files
     ]
-    results.write_text(path, "".join(lines))
+    files.write_text(path, "".join(lines))
 
 
 if __name__ == "__main__":

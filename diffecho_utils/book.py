@@ -30,7 +30,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffecho_utils import DiffEchoError, assets, camus, profiles, results
+from diffecho_utils import (
+    DiffEchoError,
+    assets,
+    camus,
+    files,
+    profiles,
+    results,
+)
+from diffecho_utils.chapter import phantom_folder
 
 try:
     import nbformat
@@ -91,7 +99,7 @@ def build(data, profile, *, chapters=None, record=False, force=False, jobs=1, ro
     timings = {c.name: _execution(c.executed) for c in plan if c.executed.exists()}
     for timing in timings.values():
         del timing["key"]
-    results.write_text(base / "timings.json", json.dumps(timings, indent=1) + "\n")
+    files.write_text(base / "timings.json", json.dumps(timings, indent=1) + "\n")
     _write_status(timings, notebooks, base / "source" / "book" / "_made")
     for chapter in plan:
         _publish(chapter, base / "source" / "notebooks")
@@ -138,7 +146,7 @@ def print_pages(html, out, pages=None):
             printed = PdfReader(io.BytesIO(page.pdf(format="A4", margin=margins, scale=0.8)))
             writer.append(printed, outline_item=page.title().split(" — ")[0])
         browser.close()
-    with results.draft(out) as beside:
+    with files.draft(out) as beside:
         writer.write(beside)
     return Path(out)
 
@@ -209,7 +217,7 @@ def _data(data, profile):
     row = profiles.get(profile)
     if data is None:
         print(f"phantom: {row.phantom_patients} patients", flush=True)
-        data = profiles.phantom_folder(row)
+        data = phantom_folder(row)
     data = Path(data).expanduser().resolve()
     camus.read_table(data)
     return data
@@ -351,7 +359,7 @@ def _execute(chapter, base, parameters, world, stop):
         "world": world,
         "profile": parameters["profile_name"],
     }
-    results.write_text(chapter.executed, nbformat.writes(notebook) + "\n")
+    files.write_text(chapter.executed, nbformat.writes(notebook) + "\n")
 
 
 def _papermill(source, out, parameters, base, stop):
@@ -424,7 +432,7 @@ def _write_kernel(folder, root, jobs):
     }
     path = folder / "kernels" / KERNEL / "kernel.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    results.write_text(path, json.dumps(spec))
+    files.write_text(path, json.dumps(spec))
 
 
 # Pages
@@ -464,7 +472,7 @@ def _write_status(timings, notebooks, folder):
     folder.mkdir(parents=True, exist_ok=True)
     path, text = folder / "status.md", "\n".join(lines) + "\n"
     if not path.exists() or path.read_text() != text:
-        results.write_text(path, text)
+        files.write_text(path, text)
 
 
 def _duration(seconds):
@@ -490,7 +498,7 @@ def _publish(chapter, folder):
         return
     text = nbformat.writes(notebook) + "\n"
     if not path.exists() or path.read_text() != text:
-        results.write_text(path, text)
+        files.write_text(path, text)
 
 
 def _fill(notebook, executed):

@@ -26,7 +26,10 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 
-from diffecho_utils import DiffEchoError, assets, results
+from diffecho_utils import (
+    DiffEchoError,
+    assets,
+)
 
 nib.imageglobals.logger.setLevel(logging.ERROR)  # it says once a file what `check` says once a set
 
@@ -467,7 +470,7 @@ def _grey_ranges(table):
             found = list(pool.map(_file_range, others))
         if cache and None not in found:
             cache.parent.mkdir(exist_ok=True)
-            results.write_text(cache, json.dumps(found))
+            files.write_text(cache, json.dumps(found))
     known = dict.fromkeys(table["image"][eight_bit], (True, 0.0, 255.0))
     return known | {path: r for path, r in zip(others, found, strict=True) if r}
 

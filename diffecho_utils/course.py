@@ -6,27 +6,17 @@ stub in place of the solutions, keeps the check, and leaves the discussion out. 
 """
 
 import ast
-import contextlib
 import copy
 import re
 from pathlib import Path
 
 import nbformat
 
-from diffecho_utils import DiffEchoError, results
-
-
-@contextlib.contextmanager
-def exercise(number, **answers):
-    """What a checking cell does its checks in: first that no answer is still the stub's `...`.
-
-    Raises AssertionError that names the empty answers, and says so when the checks inside passed.
-    """
-    empty = [f"`{name}`" for name, value in answers.items() if value is ...]
-    if empty:
-        raise AssertionError(f"Exercise {number}: {', '.join(empty)} still to be found")
-    yield
-    print(f"Exercise {number}: passed.")
+from diffecho_utils import (
+    DiffEchoError,
+    files,
+    results,
+)
 
 
 def write(notebooks, out, revision=None):
@@ -46,7 +36,7 @@ def write(notebooks, out, revision=None):
                     f"{path}: its first code cell installs no archive of the repository; take that cell of "
                     "another chapter"
                 )
-            results.write_text(folder / Path(path).name, nbformat.writes(notebook) + "\n")
+            files.write_text(folder / Path(path).name, nbformat.writes(notebook) + "\n")
     return folders
 
 
@@ -158,7 +148,7 @@ def _stub(part):
     answers = [
         keyword.arg
         for node in ast.walk(ast.parse(part.check.source))
-        if isinstance(node, ast.Call) and ast.unparse(node.func) == "course.exercise"
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "chapter.exercise"
         for keyword in node.keywords
     ]
     lines += [f"{name} = ..." for name in answers if name not in functions]

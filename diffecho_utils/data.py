@@ -4,20 +4,20 @@ Chapters 01 to 03. Images are float32 in [-1, 1], label maps uint8 with CAMUS's 
 """
 
 import hashlib
-import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
-from diffecho_utils import camus, prompts
+from diffecho_utils import (
+    camus,
+    files,
+    prompts,
+)
 
 _CACHE_VERSION = 3  # raise when the preprocessing below changes
 
@@ -76,8 +76,8 @@ def load_frames(table, like, cache_dir=None):
     """Read, square and stack the frames of a table (`camus.read_table`) as `Frames`.
 
     like: whose geometry they get, anything with `side`, in pixels, and `stretched`, whether to the
-    square or padded to it (`to_square`): a profile, a network that is to read them (`models.Judge`,
-    `models.Generator`), other `Frames`, or a `Geometry`. With `cache_dir` the result is kept there and read back as long as the files (name, size, time)
+    square or padded to it (`to_square`): a profile, a network that is to read them (`checkpoints.Judge`,
+    `checkpoints.Generator`), other `Frames`, or a `Geometry`. With `cache_dir` the result is kept there and read back as long as the files (name, size, time)
     and the settings stay the same. Raises DiffEchoError for the first unusable file.
     """
     key = [_CACHE_VERSION, like.side, not like.stretched]
@@ -96,7 +96,7 @@ def load_frames(table, like, cache_dir=None):
             "spacing": torch.tensor(spacing, dtype=torch.float64),
         }
 
-    cached_ = cached(cache_dir, "frames", key, make)
+    cached_ = files.cached(cache_dir, "frames", key, make)
     table = table.reset_index(drop=True)
     table[["lateral_mm", "depth_mm"]] = cached_["spacing"].numpy()
     table.attrs["stretched"] = like.stretched
@@ -223,7 +223,7 @@ def latent_views(vae, frames, views=1, seed=0, cache_dir=None, **amounts):
             masks.append(moved)
         return {"latents": torch.cat(latents), "masks": torch.cat(masks)}
 
-    return cached(cache_dir, "latents", key, make)
+    return files.cached(cache_dir, "latents", key, make)
 
 
 def prompt_table(frames, templates):
@@ -242,36 +242,6 @@ def prompt_table(frames, templates):
     return texts, torch.tensor(
         [[index[text] for text in row] for row in zip(*columns, strict=True)]
     )
-
-
-def cached(cache_dir, name, key, make):
-    """`make()`'s dict of tensors, kept as safetensors under `cache_dir`/name-<hash of key>; None: no cache."""
-    if cache_dir is None:
-        return make()
-    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
-    path = Path(cache_dir) / f"{name}-{digest}.safetensors"
-    if path.is_file():
-        try:
-            return load_file(path)
-        except SafetensorError:
-            path.unlink()  # damaged from outside: made again below
-    tensors = make()
-    save_tensors(path, tensors)
-    return tensors
-
-
-def save_tensors(path, tensors, facts=None):
-    """Write tensors (a dict) as safetensors, whole or not at all; `facts`: {name: text}, its header."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        save_file(tensors, beside, metadata=facts)
-        os.replace(beside, path)
-    except SafetensorError as error:  # a full disk, for one
-        raise OSError(f"{path}: not written ({error})") from None
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _square(row, like):

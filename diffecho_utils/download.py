@@ -16,8 +16,11 @@ import zipfile
 import zlib
 from pathlib import Path, PurePosixPath
 
-from diffecho_utils import DiffEchoError, camus
-from diffecho_utils.releases import whole_folder
+from diffecho_utils import (
+    DiffEchoError,
+    camus,
+    files,
+)
 
 _GIRDER = "https://humanheart-project.creatis.insa-lyon.fr/database/api/v1/folder/{}/download"
 URLS = (  # the patients, then the lists; zips made on the fly, their checksums change
@@ -54,7 +57,7 @@ def download(dest, accept_licence=False, urls=URLS, patients=500, progress=None)
         if not url.startswith(("http://", "https://")):
             raise DiffEchoError(f"{url}: no web address; name that of the zip with --url http...")
     archives = [dest.with_name(f"{dest.name}.{number}.zip") for number in range(len(urls))]
-    with whole_folder(dest) as draft:
+    with files.whole_folder(dest) as draft:
         for url, archive in zip(urls, archives, strict=True):
             if not archive.exists():
                 _fetch(url, archive, progress)

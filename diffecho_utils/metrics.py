@@ -19,7 +19,12 @@ from torchmetrics.functional.image import (
 )
 from torchmetrics.image.fid import NoTrainInceptionV3
 
-from diffecho_utils import DiffEchoError, anatomy, camus, data
+from diffecho_utils import (
+    DiffEchoError,
+    anatomy,
+    camus,
+    data,
+)
 
 _MANIFOLD = ("precision", "recall", "density", "coverage")
 _SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # Wang et al. 2003
@@ -165,7 +170,7 @@ def network_features(network, images, batch=64):
 
 @torch.no_grad()
 def clip_features(clip, images, batch=64):
-    """Vectors of length 1 from the image tower of a CLIP (`models.load_clip`): (N, D) float64."""
+    """Vectors of length 1 from the image tower of a CLIP (`checkpoints.load_clip`): (N, D) float64."""
     device, images = clip.device, data.resized(images, clip.config.vision_config.image_size)
     parts = [
         clip.visual_projection(clip.vision_model(pixel_values=part.to(device)).pooler_output).cpu()

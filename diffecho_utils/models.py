@@ -1,23 +1,17 @@
-"""The networks: build them for a profile, save and load them as standard folders.
+"""The networks: build them for a profile. Each is a stock class of diffusers, transformers or MONAI.
 
-Chapters 02 to 06. Everything here is a stock class of diffusers, transformers or MONAI, so
-`AutoencoderKL.from_pretrained(folder)` and its like load the same folders without this package.
+Chapters 02 to 06.
 
 The four denoisers below are all that differs between the four generators: each takes noisy
 latents, timesteps and its own conditions, and training and sampling call them alike.
 """
 
-import copy
-import hashlib
-import json
+import itertools
 import math
-import os
-import shutil
-from dataclasses import dataclass
+import re
+from collections import Counter
 from datetime import timedelta
-from pathlib import Path
 
-import pandas as pd
 import torch
 import torch.nn.functional as F
 import transformers
@@ -30,11 +24,7 @@ from diffusers import (
     UNet2DModel,
 )
 from monai.networks import nets
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, pre_tokenizers
-from tokenizers import models as token_models
-from tokenizers.trainers import BpeTrainer
+from tokenizers import pre_tokenizers
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 from transformers import (
@@ -45,15 +35,12 @@ from transformers import (
     CLIPVisionConfig,
 )
 
-from diffecho_utils import DiffEchoError, camus, data
+from diffecho_utils import DiffEchoError, camus
 
 transformers.utils.logging.disable_progress_bar()  # a bar for each file is noise in a page
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"
-CLIP_WEIGHTS = "model.safetensors"
 TOKENS = 48  # longest prompt, in tokens
 GENERATORS = ("unconditional", "text", "text-seg", "sdm")
-MONAI_NETWORKS = ("SPADEDiffusionModelUNet", "UNet", "ResNet")
 
 
 def processes():
@@ -172,7 +159,7 @@ def build_controlnet(unet):
 def build_sdm(profile):
     """MONAI's SPADEDiffusionModelUNet: the label map modulates every normalisation of the decoder."""
     channels = profile.sdm_channels
-    return _monai(
+    return monai_network(
         "SPADEDiffusionModelUNet",
         spatial_dims=2,
         in_channels=profile.latent_channels,
@@ -187,28 +174,43 @@ def build_sdm(profile):
     )
 
 
-def build_tokenizer(texts):
-    """CLIPTokenizer whose byte-pair merges were learned on `texts`: any word can be spelled with it."""
-    bpe = Tokenizer(token_models.BPE(end_of_word_suffix="</w>", continuing_subword_prefix=""))
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    bpe.decoder = decoders.ByteLevel()
-    bounds = ["<|startoftext|>", "<|endoftext|>"]
-    trainer = BpeTrainer(
-        vocab_size=1000,
-        special_tokens=bounds,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        end_of_word_suffix="</w>",
-        show_progress=False,
-    )
-    bpe.train_from_iterator([text.lower() for text in texts], trainer)
-    model = json.loads(bpe.to_str())["model"]
-    vocabulary = dict(model["vocab"])
-    for letter in sorted(pre_tokenizers.ByteLevel.alphabet()):  # letters that end a word
-        vocabulary.setdefault(f"{letter}</w>", len(vocabulary))
-    merges = [tuple(pair) for pair in model["merges"]]
+def build_tokenizer(texts, size=1000):
+    """CLIPTokenizer whose byte-pair merges were learned on `texts`: any word can be spelled with it.
+
+    Byte-pair encoding (Sennrich et al. 2016): the most frequent pair of neighbours becomes a token, up to
+    `size` tokens. Of equally frequent pairs the first in the alphabet is taken, so that the same texts always give
+    the same tokenizer, which the trainer of Hugging Face's tokenizers does not.
+    """
+    pieces = (re.findall(r"[^\W\d_]+|\d|[^\s\w]+", text.lower()) for text in texts)  # as CLIP splits
+    words = Counter(itertools.chain.from_iterable(pieces))
+    spelled = {word: [*word[:-1], f"{word[-1]}</w>"] for word in words}
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{x}</w>" for x in letters)]
+    merges = []
+    while len(tokens) < size:
+        pairs = Counter()
+        for word, symbols in spelled.items():
+            for pair in itertools.pairwise(symbols):
+                pairs[pair] += words[word]
+        if not pairs:
+            break
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        merges.append(best)
+        if "".join(best) not in tokens:
+            tokens.append("".join(best))
+        for symbols in spelled.values():
+            _merge(symbols, best)
+    vocabulary = {token: index for index, token in enumerate(tokens)}
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=TOKENS)
+
+
+def _merge(symbols, pair):
+    """Make one symbol of each neighbouring `pair` in the list `symbols`."""
+    place = 0
+    while place < len(symbols) - 1:
+        if (symbols[place], symbols[place + 1]) == pair:
+            symbols[place : place + 2] = ["".join(pair)]
+        place += 1
 
 
 def build_clip(profile, tokenizer):
@@ -235,7 +237,7 @@ def build_clip(profile, tokenizer):
 def build_segmenter(profile):
     """MONAI UNet: (N, 1, H, W) in [-1, 1] -> (N, 4, H, W) logits of CAMUS's labels."""
     channels = profile.segmenter_channels
-    return _monai(
+    return monai_network(
         "UNet",
         spatial_dims=2,
         in_channels=1,
@@ -253,7 +255,7 @@ def build_paper_segmenter(side):
     normalisation has nothing to normalise in a single position.
     """
     levels = int(math.log2(side))
-    return _monai(
+    return monai_network(
         "UNet",
         spatial_dims=2,
         in_channels=1,
@@ -267,7 +269,7 @@ def build_paper_segmenter(side):
 
 def build_classifier(profile):
     """MONAI ResNet with one block a stage: (N, 1, H, W) in [-1, 1] -> (N, 4) logits of `camus.CLASSES`."""
-    return _monai(
+    return monai_network(
         "ResNet",
         block="basic",
         layers=[1, 1, 1, 1],
@@ -276,89 +278,6 @@ def build_classifier(profile):
         n_input_channels=1,
         num_classes=len(camus.CLASSES),
     )
-
-
-BACKBONES = ("resnet18", "resnet50", "vgg16", "vgg19", "efficientnet-b0")  # the paper's classifiers
-_VGG = {"vgg16": (2, 2, 3, 3, 3), "vgg19": (2, 2, 4, 4, 4)}  # convolutions of each block
-
-
-class Backbone(nn.Module):
-    """One of `BACKBONES` for grey images: (N, 1, H, W) in [-1, 1] -> (N, classes) logits.
-
-    The grey channel is given three times, scaled as ImageNet's were. Built of MONAI's networks, and
-    of torch's layers for VGG, which MONAI does not have; `pretrained`: torchvision's network with
-    its ImageNet weights, for machines that have torchvision. Raises DiffEchoError for a name that
-    is none of them, and where torchvision is asked for and missing.
-    """
-
-    def __init__(self, name, classes=4, pretrained=False):
-        super().__init__()
-        if name not in BACKBONES:
-            raise DiffEchoError(f"no classifier {name!r}; choose one of {', '.join(BACKBONES)}")
-        self.network = _torchvision(name, classes) if pretrained else _untrained(name, classes)
-        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1))
-        self.register_buffer("scale", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1))
-
-    def forward(self, images):
-        return self.network(((images + 1) / 2 - self.mean) / self.scale)
-
-    def freeze_all_but(self, parameters):
-        """Leave the last layers trainable, so many that they have at least `parameters` weights."""
-        left = parameters
-        for weights in reversed(list(self.network.parameters())):
-            weights.requires_grad_(left > 0)
-            left -= weights.numel()
-
-
-def _untrained(name, classes):
-    if name.startswith("resnet"):
-        settings = {"shortcut_type": "B", "bias_downsample": False, "conv1_t_stride": 2}
-        build = getattr(nets, name)
-        return build(spatial_dims=2, n_input_channels=3, num_classes=classes, **settings)
-    if name == "efficientnet-b0":
-        network = nets.EfficientNetBN(
-            name, pretrained=False, spatial_dims=2, in_channels=3, num_classes=classes
-        )
-        for layer in network.modules():
-            if isinstance(layer, nn.BatchNorm2d):
-                layer.momentum = 0.1  # 0.01 would need thousands of steps
-        return network
-    layers, channels = [], 3
-    for convolutions, width in zip(_VGG[name], (64, 128, 256, 512, 512), strict=True):
-        for _ in range(convolutions):
-            layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU(inplace=True)]
-            # Without normalisation the signal dies on its way through torch's own start (He et al. 2015)
-            nn.init.kaiming_normal_(layers[-2].weight, mode="fan_out", nonlinearity="relu")
-            nn.init.zeros_(layers[-2].bias)
-            channels = width
-        layers.append(nn.MaxPool2d(2, 2))
-    head = []
-    for inputs in (512 * 7 * 7, 4096):
-        head += [nn.Linear(inputs, 4096), nn.ReLU(inplace=True), nn.Dropout()]
-    network = nn.Sequential()  # torchvision's names, so that its weights fit
-    network.add_module("features", nn.Sequential(*layers))
-    network.add_module("avgpool", nn.AdaptiveAvgPool2d(7))
-    network.add_module("flatten", nn.Flatten())
-    network.add_module("classifier", nn.Sequential(*head, nn.Linear(4096, classes)))
-    return network
-
-
-def _torchvision(name, classes):
-    try:
-        from torchvision import models as theirs
-    except (ImportError, RuntimeError) as error:  # RuntimeError: built for another torch
-        raise DiffEchoError(
-            f"ImageNet weights need torchvision, which cannot be imported ({error}); install it, or "
-            "train from scratch"
-        ) from None
-    network = theirs.get_model(name.replace("-", "_"), weights="DEFAULT")
-    last = network.fc if hasattr(network, "fc") else network.classifier[-1]
-    head = nn.Linear(last.in_features, classes)
-    if hasattr(network, "fc"):
-        network.fc = head
-    else:
-        network.classifier[-1] = head
-    return network
 
 
 def build_scheduler(prediction="v_prediction"):
@@ -495,350 +414,8 @@ def tokens(tokenizer, texts):
     ).input_ids
 
 
-class TextEncoder:
-    """Prompts to token states: the text half of a CLIP checkpoint, on the device it is called for."""
-
-    def __init__(self, clip_folder):
-        clip, self.tokenizer = load_clip(clip_folder)
-        self.model = clip.text_model
-
-    @torch.no_grad()
-    def __call__(self, texts):
-        """(N, L, D) float32 last hidden states of N texts, each padded to `TOKENS`; "" is the null prompt."""
-        ids = tokens(self.tokenizer, texts)
-        device = next(self.model.parameters()).device
-        return self.model(ids.to(device)).last_hidden_state
-
-
-@dataclass(frozen=True)
-class Generator:
-    """What sampling needs: a denoiser, its noise schedule, the autoencoder, and the words' encoder.
-
-    `text` is None for generators that read no prompts, `vae` for those that diffuse pixels.
-    `latent_shape` is (C, h, w) of one latent; `guidance` the scale its training.json recommends;
-    `stretched` whether its frames were stretched to the square, or padded; `classes` indices into
-    `camus.CLASSES` of what it can draw.
-    """
-
-    model: str
-    denoiser: nn.Module
-    scheduler: DDPMScheduler
-    vae: AutoencoderKL | None
-    latent_shape: tuple[int, int, int]
-    text: TextEncoder | None = None
-    guidance: float = 1.0
-    stretched: bool = False
-    classes: tuple[int, ...] = tuple(range(len(camus.CLASSES)))
-
-    @property
-    def side(self):
-        """Pixels of the side of its images and label maps."""
-        halvings = len(self.vae.config.block_out_channels) - 1 if self.vae is not None else 0
-        return self.latent_shape[-1] * 2**halvings
-
-    def to(self, device):
-        """Move all its networks; returns the generator."""
-        for network in (self.denoiser, self.vae, self.text and self.text.model):
-            if network is not None:
-                network.to(device)
-        return self
-
-
-def save(parts, folder, training, needs=None):
-    """Write a checkpoint: `parts`, pairs of a subfolder and a network, scheduler or tokenizer.
-
-    Networks are kept in half precision; "" is the folder itself; `training` becomes training.json.
-    `needs` {name: checkpoint folder} are the checkpoints it was trained with: their relative paths
-    and the SHA-256 of their weights are kept there too. Written beside and renamed, so an earlier checkpoint stays whole until then.
-    """
-    references = {
-        name: {
-            "path": os.path.relpath(Path(needed).resolve(), Path(folder).resolve()),
-            "sha256": weights_digest(needed),
-        }
-        for name, needed in (needs or {}).items()
-    }
-
-    def write(beside):
-        for subfolder, part in parts:
-            _save_part(part, beside / subfolder)
-
-    _replace_folder(folder, write, training | {"needs": references})
-
-
-def load_autoencoder(folder):
-    """The AutoencoderKL in `folder`, float32, in evaluation mode.
-
-    Raises DiffEchoError for a missing, half-written or other network's folder.
-    """
-    return _load(AutoencoderKL, folder)
-
-
-def load_clip(folder):
-    """(CLIPModel, CLIPTokenizer) in `folder`; errors as `load_autoencoder`."""
-    return _load(CLIPModel, folder), CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-
-
-class Judge(nn.Module):
-    """A segmenter or classifier with the geometry of the frames that it learned to read.
-
-    Images (N, 1, H, W) of another size are resized to `side` pixels, and a segmenter's logits back.
-    `stretched`: whether its frames were stretched to the square, or padded; `data.load_frames(rows,
-    judge)` makes them so.
-    """
-
-    def __init__(self, network, side, stretched):
-        super().__init__()
-        self.network, self.side, self.stretched = network, side, stretched
-
-    def forward(self, images):
-        answer = self.network(data.resized(images, self.side))
-        if answer.ndim == 4 and answer.shape[-1] != images.shape[-1]:
-            answer = F.interpolate(answer, images.shape[-2:], mode="bilinear")
-        return answer
-
-
-def load_network(folder):
-    """The segmenter or classifier in `folder`, a `Judge`; errors as `load_autoencoder`."""
-    made = read_training(folder)
-    if "side" not in made:
-        raise DiffEchoError(f"{folder}: training.json names no side of its frames; train it again")
-    return Judge(_load(None, folder), made["side"], made.get("stretched", False)).eval()
-
-
-def take_weights(network, folder):
-    """Copy a checkpoint's weights into `network` wherever name and shape agree; says how many did.
-
-    What is frozen in `network`, as the text model under its ControlNet, stays as it is. Raises
-    DiffEchoError where fewer than half do.
-    """
-    stored = {}
-    for path in _weights(folder):
-        stored |= load_file(path)
-    frozen = {name for name, p in network.named_parameters() if not p.requires_grad}
-    wanted = {name: t for name, t in network.state_dict().items() if name not in frozen}
-    prefixes = (
-        "",
-        "unet.",
-        "unets.0.",
-        "controlnet.",
-    )  # a denoiser wraps the network that was saved
-    taken = {
-        prefix + name: tensor.float()
-        for prefix in prefixes
-        for name, tensor in stored.items()
-        if prefix + name in wanted and wanted[prefix + name].shape == tensor.shape
-    }
-    if len(taken) < len(wanted) / 2:
-        raise DiffEchoError(
-            f"{folder}: {len(taken)} of {len(wanted)} weights fit this network; start from a "
-            "checkpoint of the same model and profile"
-        )
-    network.load_state_dict(taken, strict=False)
-    return f"started from {folder}: {len(taken)} of {len(wanted)} weights fit"
-
-
-def load_generator(folder):
-    """The `Generator` in `folder`, of whichever model, with the checkpoints it was trained with.
-
-    Raises DiffEchoError where one of those is missing or is not the one of the training.
-    """
-    folder = Path(folder)
-    made = read_training(folder)
-    model = made.get("model")
-    if model not in GENERATORS:
-        raise DiffEchoError(f"{folder}: a checkpoint of {model!r}, no generator ({GENERATORS})")
-    base = needed(folder, "text") if model == "text-seg" else folder
-    pixels = model == "unconditional" and not made.get("needs")
-    vae = None if pixels else load_autoencoder(needed(base, "autoencoder"))
-    text, there = None, tuple(range(len(camus.CLASSES)))
-    if model == "unconditional":
-        trained = made.get("recipes", camus.CLASS_NAMES)
-        there = tuple(i for i, name in enumerate(camus.CLASS_NAMES) if name in trained)
-        unets = [
-            _load(UNet2DModel, folder / name) if index in there else None
-            for index, name in enumerate(camus.CLASS_NAMES)
-        ]
-        denoiser, config = Unconditional(unets), unets[there[0]].config
-    elif model == "sdm":
-        denoiser = SemanticDiffusion(_load(None, folder / "unet"))
-        config = denoiser.unet.config
-    else:
-        text = TextEncoder(needed(base, "clip"))
-        unet = _load(UNet2DConditionModel, base / "unet")
-        config = unet.config
-        denoiser = TextGuided(unet)
-        if model == "text-seg":
-            controlnet = _load(ControlNetModel, folder / "controlnet")
-            denoiser = TextSegmentationGuided(unet, controlnet, made.get("strength", 1.0))
-    side = made["latent_side"]
-    return Generator(
-        model,
-        denoiser.eval().to(memory_format=torch.channels_last),  # a fifth faster on a CPU
-        DDPMScheduler.from_pretrained(base / "scheduler"),
-        vae,
-        (config["in_channels"], side, side),
-        text,
-        made.get("guidance", 1.0),
-        made.get("stretched", False),
-        there,
-    )
-
-
-def needed(folder, name):
-    """The checkpoint `name` that `folder` was trained with; DiffEchoError if it is another now."""
-    reference = read_training(folder).get("needs", {}).get(name)
-    if not reference:
-        raise DiffEchoError(f"{folder}: training.json names no {name}; train or copy it again")
-    other = Path(os.path.normpath(Path(folder).resolve() / reference["path"]))
-    if not (other / "training.json").is_file():
-        raise DiffEchoError(f"{other}: missing, and {folder} needs this {name}; copy it there")
-    if weights_digest(other) != reference["sha256"]:
-        raise DiffEchoError(
-            f"{other}: not the {name} that {folder} was trained with (its SHA-256 differs); "
-            f"restore that one, or train {Path(folder).name} again"
-        )
-    return other
-
-
-def read_training(folder):
-    """The checkpoint's training.json: how, on what, for how long it was trained."""
-    path = Path(folder) / "training.json"
-    if not path.is_file():
-        raise DiffEchoError(f"{path}: missing; is {folder} a checkpoint that `train` wrote?")
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise DiffEchoError(f"{path}: half-written ({error}); train or copy it again") from None
-
-
-def training_curve(training, stage):
-    """The whole log of a `stage` (training.json), with those of the trainings that it went on from.
-
-    DataFrame with the log's columns, `images`, the number of images seen by then, and `hardware`.
-    """
-    logs, seen = [], 0
-    runs = [training]
-    while runs[0].get("started_from"):
-        runs.insert(0, runs[0]["started_from"])
-    for run in runs:
-        recipe, log = run["recipes"][stage], pd.DataFrame(run["log"][stage])
-        a_step = recipe["batch"] * recipe["accumulation"] * run.get("processes", 1)
-        log["images"] = seen + log["step"] * a_step
-        log["hardware"] = run.get("hardware")
-        seen = log["images"].iloc[-1]
-        logs.append(log)
-    return pd.concat(logs, ignore_index=True)
-
-
-def _monai(name, **settings):
+def monai_network(name, **settings):
     """MONAI's network `name`, with its settings as `config`, as diffusers' networks have them."""
     network = getattr(nets, name)(**settings)
     network.config = {"_class_name": name} | settings
     return network
-
-
-def _load(network, folder):
-    """The network in `folder`, float32; `network`: its class, None for one of MONAI's."""
-    folder = Path(folder)
-    path = folder / "config.json"
-    if not path.is_file():
-        raise DiffEchoError(
-            f"{folder}: no config.json, so no checkpoint; pass a folder `train` wrote"
-        )
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise DiffEchoError(f"{path}: half-written ({error}); train or copy it again") from None
-    found = config.get("_class_name") or (config.get("architectures") or ["nothing known"])[0]
-    wanted = MONAI_NETWORKS if network is None else (network.__name__,)
-    if found not in wanted:
-        raise DiffEchoError(f"{folder}: holds a {found}, expected a {' or '.join(wanted)}")
-    weights = folder / (CLIP_WEIGHTS if found == "CLIPModel" else WEIGHTS)
-    try:
-        with safe_open(weights, "pt") as file:
-            stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-    except (OSError, SafetensorError) as error:
-        raise DiffEchoError(
-            f"{weights}: half-written or missing ({error}); copy it again"
-        ) from None
-    if found == "CLIPModel":
-        model = network.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-        return model.eval()
-    model = (
-        _monai(found, **_without_name(config))
-        if network is None
-        else network.from_config(network.load_config(folder))
-    )
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    if stored != expected:
-        odd = sorted(set(stored.items()) ^ set(expected.items()))[0][0]
-        raise DiffEchoError(
-            f"{folder}: weights and config.json describe different architectures (first at {odd!r}: "
-            f"{stored.get(odd)} stored, {expected.get(odd)} expected); keep both files of one training"
-        )
-    model.load_state_dict(load_file(weights))
-    return model.eval()
-
-
-def _without_name(config):
-    return {key: value for key, value in config.items() if key != "_class_name"}
-
-
-def _save_part(part, folder):
-    """Save one network (half precision, `part` itself unchanged), scheduler or tokenizer."""
-    if not isinstance(part, nn.Module):
-        part.save_pretrained(folder)
-    elif part.config.__class__ is dict:  # MONAI's
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: _half(tensor) for name, tensor in part.state_dict().items()}
-        save_file(tensors, folder / WEIGHTS)
-        (folder / "config.json").write_text(json.dumps(part.config, indent=1) + "\n")
-    else:
-        half = copy.deepcopy(part).cpu().half().to(memory_format=torch.contiguous_format)
-        half.save_pretrained(folder)
-
-
-def _half(tensor):
-    tensor = tensor.detach().cpu().contiguous()
-    return tensor.half() if tensor.is_floating_point() else tensor
-
-
-def _replace_folder(folder, write, training):
-    """Write a checkpoint's files beside `folder`, then move them in; other files there stay.
-
-    training.json goes first and comes last: a folder without it was left in between, and the
-    training's state beside it still holds the weights.
-    """
-    folder = Path(folder)
-    beside = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    write(beside)
-    facts = beside / "training.json"
-    facts.write_text(json.dumps(training, indent=1) + "\n")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / facts.name).unlink(missing_ok=True)
-    for path in [*sorted(set(beside.iterdir()) - {facts}), facts]:
-        target = folder / path.name
-        if target.is_dir():
-            shutil.rmtree(target)
-        os.replace(path, target)
-    beside.rmdir()
-
-
-def weights_digest(folder):
-    """SHA-256 over the weights of a checkpoint, all its parts, in order of their names."""
-    digest = hashlib.sha256()
-    try:
-        for path in _weights(folder):
-            digest.update(path.read_bytes())
-    except OSError as error:
-        raise DiffEchoError(f"{folder}: unreadable ({error}); copy the checkpoint again") from None
-    return digest.hexdigest()
-
-
-def _weights(folder):
-    """Files of a checkpoint's weights, in order of their names, without those of its training's state."""
-    files = sorted(Path(folder).rglob("*.safetensors"))
-    return [path for path in files if "state" not in path.relative_to(folder).parts]

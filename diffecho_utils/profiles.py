@@ -6,7 +6,7 @@ paper: Stable Diffusion's own networks at 512 px.
 
 from dataclasses import dataclass, replace
 
-from diffecho_utils import DiffEchoError, assets, phantom, releases, results
+from diffecho_utils import DiffEchoError
 
 
 @dataclass(frozen=True)
@@ -255,28 +255,3 @@ def get(name):
     if name not in PROFILES:
         raise DiffEchoError(f"no profile {name!r}; choose one of {', '.join(PROFILES)}")
     return PROFILES[name]
-
-
-def begin(name, data_root):
-    """What a chapter works on: (profile, table of frames); prints which they are.
-
-    name: of a profile; empty: "gpu" where PyTorch finds one, else "cpu". data_root: CAMUS in any form
-    that `releases` knows; empty: the profile's phantom, written where it is missing.
-    """
-    import torch
-
-    gpu = torch.cuda.is_available()
-    profile = get(name or ("gpu" if gpu else "cpu"))
-    table = releases.open_table(data_root or phantom_folder(profile))
-    world, patients = table.attrs["world"], table.patient.nunique()
-    print(
-        f"profile {profile.name}, {profile.side} px{'' if name else ' (chosen for this machine)'}\n"
-        f"data: {world}, {patients} patients\nmachine: {results.hardware()}"
-    )
-    return profile, table
-
-
-def phantom_folder(profile):
-    """The profile's phantom, written where it is missing: its folder."""
-    folder = assets.workspace() / f"phantom-{profile.name}"
-    return phantom.ensure(folder, patients=profile.phantom_patients, seed=profile.phantom_seed)

@@ -22,12 +22,10 @@ hdf5 file subjects 0-49 are for validation, as in the paper's code.
 """
 
 import contextlib
-import errno
 import filecmp
 import gzip
 import hashlib
 import json
-import os
 import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -38,7 +36,12 @@ import nibabel as nib
 import numpy as np
 from PIL import Image
 
-from diffecho_utils import DiffEchoError, assets, camus
+from diffecho_utils import (
+    DiffEchoError,
+    assets,
+    camus,
+    files,
+)
 
 _NAMED = r"(patient\d+)_(2CH|4CH)_(ED|ES|(?:half_)?sequence)(_gt)?"
 _BEHIND = r"(?:_0000|_training|_validation|_testing)?"  # of no meaning here
@@ -140,7 +143,7 @@ def convert(source, dest, progress=None):
     if release.form == "official":
         camus.read_table(source)  # says which folder to pass
         raise DiffEchoError(f"{source}: in the official layout already; pass it as it is")
-    with whole_folder(dest) as draft, _opened(release) as file:
+    with files.whole_folder(dest) as draft, _opened(release) as file:
         scale, found = None, _AS_THEY_ARE
         while found != scale:  # once, where all is as it should be
             scale = found
@@ -152,31 +155,6 @@ def convert(source, dest, progress=None):
         facts = {"world": camus.world(source), "form": release.form, "notes": release.notes}
         (draft / "dataset.json").write_text(json.dumps(facts, indent=1) + "\n")
     return release
-
-
-@contextlib.contextmanager
-def whole_folder(dest):
-    """Context of a draft folder beside the new folder `dest`: renamed to it at the end, or removed.
-
-    Raises DiffEchoError where `dest` exists and where the disk is full.
-    """
-    dest = Path(dest)
-    if dest.exists():
-        raise DiffEchoError(f"{dest}: exists; name a new folder, or delete it")
-    draft = dest.with_name(f".{dest.name}.{os.getpid()}.part")
-    try:
-        draft.mkdir(parents=True)
-        yield draft
-        os.replace(draft, dest)
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        raise DiffEchoError(
-            f"{dest.parent}: the disk is full; free space on it, or name a folder on another one, and "
-            "run the same command again"
-        ) from None
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
 
 
 # --- recognising ----------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ Every chapter. A page never holds a typed number: it computes it, or reads it fr
 A record is one JSON file, `data/results/<world>/<profile>/<name>.json`.
 """
 
-import contextlib
 import datetime
 import json
 import math
@@ -18,7 +17,11 @@ from pathlib import Path
 
 import numpy as np
 
-from diffecho_utils import DiffEchoError, __version__
+from diffecho_utils import (
+    DiffEchoError,
+    __version__,
+    files,
+)
 
 LICENCES = {"camus": "CC-BY-NC-SA-4.0", "phantom": "CC0-1.0"}
 ROOT = Path(__file__).resolve().parents[1]  # the checkout, or where packages are installed
@@ -37,7 +40,7 @@ def save(directory, name, values, *, world, profile, command, seeds=(), split=No
     }
     path = Path(directory) / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(_plain(record), indent=1, allow_nan=False) + "\n")
+    files.write_text(path, json.dumps(_plain(record), indent=1, allow_nan=False) + "\n")
     return path
 
 
@@ -73,7 +76,10 @@ def pack(folder, path):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     bzip2 = zipfile.ZIP_BZIP2
-    with draft(path) as beside, zipfile.ZipFile(beside, "w", bzip2, compresslevel=9) as archive:
+    with (
+        files.draft(path) as beside,
+        zipfile.ZipFile(beside, "w", bzip2, compresslevel=9) as archive,
+    ):
         for record in records:
             archive.writestr(zipfile.ZipInfo(record.name), record.read_bytes(), bzip2)
     return path
@@ -136,23 +142,6 @@ def hardware():
 def cores():
     """How many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
-@contextlib.contextmanager
-def draft(path):
-    """`with draft(path) as beside`: what is written there becomes `path` at the end, or is removed after an error."""
-    beside = Path(path).with_name(f".{Path(path).name}.{os.getpid()}")
-    try:
-        yield beside
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def write_text(path, text):
-    """Write a whole file or nothing."""
-    with draft(path) as beside:
-        beside.write_text(text)
 
 
 def code():

@@ -26,12 +26,20 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from diffusers.training_utils import EMAModel
-from monai.losses import DiceCELoss, JukeboxLoss
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.optim.swa_utils import update_bn
 
-from diffecho_utils import DiffEchoError, assets, camus, data, models, profiles, prompts, results
+from diffecho_utils import (
+    DiffEchoError,
+    camus,
+    checkpoints,
+    data,
+    files,
+    models,
+    objectives,
+    prompts,
+)
 
 # Small movements only: how bright the samples are is one of the paper's claims, so gain stays as it
 # is, and the same for all four generators, so that only the conditioning differs.
@@ -53,222 +61,6 @@ MODELS = {
 }
 
 
-class ReconstructionObjective(nn.Module):
-    """First stage of the autoencoder: L1, amplitude spectrum (MONAI's JukeboxLoss) and a whiff of KL.
-
-    Trains on random crops; `data` is {"images": (N, 1, H, W) in [-1, 1]}.
-    """
-
-    def __init__(self, vae, crop, spectral=1.0, kl=1e-6):
-        super().__init__()
-        self.network, self.crop = vae, crop
-        self.spectral, self.kl = spectral, kl
-        self.spectrum = JukeboxLoss(spatial_dims=2, fft_norm="ortho")
-
-    def draw(self, batch, generator):
-        """Random numbers for a batch: crop corners, the posterior sample's noise, and dither."""
-        n = len(batch["images"])
-        return _draw_crops(batch, self.crop, generator) | {
-            "noise": torch.randn(n, *self._latent_shape(), generator=generator),
-            "dither": torch.randn(n, 1, self.crop, self.crop, generator=generator),
-        }
-
-    def forward(self, images, corners, noise, dither):
-        crops = _crop(images, corners, self.crop)
-        posterior = self.network.encode(crops).latent_dist
-        reconstruction = self.network.decode(posterior.mean + posterior.std * noise).sample
-        faint = dither / 255  # an amplitude of exactly 0, as in black crops, has no gradient: NaN
-        parts = {
-            "l1": F.l1_loss(reconstruction, crops),
-            "spectral": self.spectral * self.spectrum(reconstruction + faint, crops + faint),
-            "kl": self.kl * posterior.kl().mean(),
-        }
-        return sum(parts.values()), parts
-
-    def _latent_shape(self):
-        config = self.network.config
-        side = self.crop // 2 ** (len(config.block_out_channels) - 1)
-        return (config.latent_channels, side, side)
-
-
-class TextureObjective(nn.Module):
-    """Second stage: the decoder alone, against a patch discriminator that knows real speckle.
-
-    Speckle is noise to a pixel loss, whose best guess is its mean: blur. Here L1 acts mostly at a
-    quarter of the resolution, the standard deviations of the differences of neighbouring pixels in
-    four directions must match (a texture with stripes would not), and the discriminator (hinge
-    loss) judges the rest. It is shown the high frequencies, amplified, beside the picture: without
-    them it does not learn to tell real from reconstructed. A little noise on the latents prepares
-    the decoder for those of a generator, which are never exact.
-    """
-
-    def __init__(
-        self, vae, discriminator, crop, adversarial=0.03, fine=0.2, deviation=1.0, noise=0.05
-    ):
-        super().__init__()
-        self.network, self.discriminator, self.crop = vae, discriminator, crop
-        self.adversarial, self.fine, self.deviation = adversarial, fine, deviation
-        self.noise = noise  # in standard deviations of the latents
-        vae.encoder.requires_grad_(False)
-        vae.quant_conv.requires_grad_(False)
-
-    def draw(self, batch, generator):
-        """Random numbers for a batch: crop corners, and the latents' noise."""
-        config = self.network.config
-        side = self.crop // 2 ** (len(config.block_out_channels) - 1)
-        shape = (len(batch["images"]), config.latent_channels, side, side)
-        return _draw_crops(batch, self.crop, generator) | {
-            "noise": torch.randn(shape, generator=generator)
-        }
-
-    def forward(self, images, corners, noise):
-        crops = _crop(images, corners, self.crop)
-        with torch.no_grad():
-            latents = self.network.encode(crops).latent_dist.mean
-        reconstruction = self.network.decode(latents + self.noise * latents.std() * noise).sample
-        self.discriminator.requires_grad_(False)
-        fooled = -self._judge(reconstruction).mean()
-        self.discriminator.requires_grad_(True)
-        caught = F.relu(1 + self._judge(reconstruction.detach())).mean()
-        believed = F.relu(1 - self._judge(crops)).mean()
-        quarter = (F.avg_pool2d(x, 4) for x in (reconstruction, crops))
-        deviations = (_deviations(x) for x in (reconstruction, crops))
-        parts = {
-            "l1_quarter": F.l1_loss(*quarter),
-            "l1": self.fine * F.l1_loss(reconstruction, crops),
-            "deviation": self.deviation * F.l1_loss(*deviations),
-            "adversarial": self.adversarial * fooled,
-            "discriminator": (caught + believed) / 2,
-        }
-        return sum(parts.values()), parts
-
-    def _judge(self, images):
-        return self.discriminator(torch.cat([images, 10 * _high_frequencies(images)], dim=1))
-
-
-class ContrastiveObjective(nn.Module):
-    """CLIP's loss: which of the batch's prompts belongs to which of its frames, asked both ways.
-
-    `images` (N, 1, H, W), `masks` (N, H, W; moved with them, unused), `prompts` (N, P) ids into
-    `tokens` (K, L). Many frames share a prompt, so a prompt may have several right frames: the
-    targets are shared evenly among them (as in supervised contrastive learning, Khosla et al. 2020).
-    """
-
-    def __init__(self, clip, tokens):
-        super().__init__()
-        self.network = clip
-        self.register_buffer("tokens", tokens, persistent=False)
-
-    def draw(self, batch, generator):
-        """Random numbers for a batch: the jitter, and which of its prompts each frame is given."""
-        n, wordings = batch["prompts"].shape
-        return {
-            "drawn": data.draw_jitter(n, generator),
-            "wording": torch.randint(wordings, (n,), generator=generator),
-        }
-
-    def forward(self, images, masks, prompts, drawn, wording):
-        moved, _ = data.jitter(images, masks, drawn)
-        chosen = prompts[torch.arange(len(prompts), device=prompts.device), wording]
-        found = self.network(input_ids=self.tokens[chosen], pixel_values=moved)
-        fits = (prompts[:, None] == chosen[None, :, None]).any(-1).float()  # (frame, prompt)
-        logits = found.logits_per_image
-        loss = F.cross_entropy(logits, fits / fits.sum(1, keepdim=True))
-        back = F.cross_entropy(logits.T, fits.T / fits.T.sum(1, keepdim=True))
-        return (loss + back) / 2, {}
-
-
-class DiffusionObjective(nn.Module):
-    """Mean squared error of a denoiser's prediction (noise or v, as the scheduler says).
-
-    Beside `latents` (N, C, h, w) the batch holds what the denoiser (`models`) is conditioned on:
-    `masks` (N, H, W), `prompts` (N, P) ids into `states` (K, L, D), whose first row is the null
-    prompt's. A share `dropout` of the conditions is replaced by the null condition, for guidance.
-    `snr_gamma`: weights of min-SNR (Hang et al. 2023); None: all timesteps weigh the same.
-    """
-
-    def __init__(self, denoiser, scheduler, states=None, dropout=0.1, snr_gamma=None):
-        super().__init__()
-        self.network, self.scheduler = denoiser, scheduler
-        self.dropout, self.snr_gamma = dropout, snr_gamma
-        self.register_buffer("states", states, persistent=False)
-        alpha_bar = scheduler.alphas_cumprod
-        self.register_buffer("snr", alpha_bar / (1 - alpha_bar), persistent=False)
-
-    def draw(self, batch, generator):
-        """Random numbers for a batch: noise, timesteps, wordings, and where the condition is dropped."""
-        shape, steps = batch["latents"].shape, self.scheduler.config.num_train_timesteps
-        drawn = {
-            "noise": torch.randn(shape, generator=generator),
-            "timesteps": torch.randint(steps, shape[:1], generator=generator),
-            "dropped": torch.rand(shape[0], generator=generator) < self.dropout,
-        }
-        if "prompts" in batch:
-            wordings = batch["prompts"].shape[1]
-            drawn["wording"] = torch.randint(wordings, shape[:1], generator=generator)
-        return drawn
-
-    def forward(self, latents, noise, timesteps, dropped, prompts=None, wording=None, masks=None):
-        noisy = self.scheduler.add_noise(latents, noise, timesteps)
-        is_v = self.scheduler.config.prediction_type == "v_prediction"
-        target = self.scheduler.get_velocity(latents, noise, timesteps) if is_v else noise
-        given = {}
-        if masks is not None:
-            given["masks"] = masks
-        if prompts is not None:
-            chosen = prompts[torch.arange(len(prompts), device=prompts.device), wording]
-            given["text"] = self.states[chosen.masked_fill(dropped, 0)]
-        elif masks is not None:
-            given["unlabelled"] = dropped
-        errors = F.mse_loss(
-            self.network(noisy, timesteps, **given).float(), target, reduction="none"
-        )
-        errors = errors.mean((1, 2, 3))
-        if self.snr_gamma is not None:
-            snr = self.snr[timesteps]
-            errors = errors * snr.clamp(max=self.snr_gamma) / (snr + 1 if is_v else snr)
-        return errors.mean(), {}
-
-
-class SegmentationObjective(nn.Module):
-    """Dice and cross-entropy loss (MONAI) of a segmenter on jittered frames.
-
-    label_weights: cross-entropy alone, with these weights of the labels 0 to 3, as in the paper.
-    """
-
-    def __init__(self, network, label_weights=None, **amounts):
-        super().__init__()
-        self.network, self.amounts = network, amounts
-        weights = None if label_weights is None else torch.tensor(label_weights)
-        self.loss = DiceCELoss(
-            to_onehot_y=True, softmax=True, weight=weights, lambda_dice=float(weights is None)
-        )
-
-    def draw(self, batch, generator):
-        """Random numbers for a batch: those of the jitter."""
-        return {"drawn": data.draw_jitter(len(batch["images"]), generator)}
-
-    def forward(self, images, masks, drawn):
-        moved, labels = data.jitter(images, masks, drawn, **self.amounts)
-        return self.loss(self.network(moved).float(), labels[:, None]), {}
-
-
-class ClassificationObjective(nn.Module):
-    """Cross-entropy of a classifier on jittered frames; `labels` (N,) int64."""
-
-    def __init__(self, network, **amounts):
-        super().__init__()
-        self.network, self.amounts = network, amounts
-
-    def draw(self, batch, generator):
-        """Random numbers for a batch: those of the jitter."""
-        return {"drawn": data.draw_jitter(len(batch["images"]), generator)}
-
-    def forward(self, images, masks, labels, drawn):
-        moved, _ = data.jitter(images, masks, drawn, **self.amounts)
-        return F.cross_entropy(self.network(moved).float(), labels), {}
-
-
 @dataclass(frozen=True)
 class Stage:
     """One training of which a model may need several: what is minimised, on which tensors, and how."""
@@ -276,7 +68,7 @@ class Stage:
     name: str
     objective: nn.Module
     tensors: dict
-    recipe: profiles.Recipe
+    recipe: object  # profiles.Recipe
 
 
 def train(
@@ -308,7 +100,7 @@ def train(
     """
     folder, needs = Path(folder), dict(needs or {})
     wanted = _wanted(model, profile, needs)
-    started = None if start is None else models.read_training(start)
+    started = None if start is None else checkpoints.read_training(start)
     made_from = _made_from(model, frames, seed, wanted, start, settings)
     torch.manual_seed(seed)
     parts, logs, recipes, begun = [], [], {}, []
@@ -317,7 +109,7 @@ def train(
         network, known = stage.objective.network, None if restart else _known(state)
         if start is not None and known is None and not any(network is n for n in begun):
             part = Path(start) / stage.name  # one of several networks, or the only one
-            progress(models.take_weights(network, part if part.is_dir() else start))
+            progress(checkpoints.take_weights(network, part if part.is_dir() else start))
         begun.append(network)  # a later stage goes on with it
         recipe = stage.recipe
         if minutes is not None:
@@ -344,49 +136,8 @@ def train(
     if started is not None:
         training["started_from"] = started
     if models.processes().is_main_process:
-        models.save(parts, folder, training, wanted)
+        checkpoints.save(parts, folder, training, wanted)
     return log
-
-
-def from_scratch(model, table, profile, progress=print):
-    """Train `model` by the profile's whole recipe on `table`'s training patients: its folder.
-
-    What a chapter does with `train_from_scratch = True`. It stands on the shipped checkpoints that it
-    builds on, and takes its size of images and latents from them. Kept in the workspace, one folder
-    for each set of patients: interrupted, it goes on when called again; done, it is only named.
-    """
-    rows = camus.select(table, "training", patients=profile.patients)
-    who = hashlib.sha256("\n".join([table.attrs["root"], *rows["patient"]]).encode()).hexdigest()[
-        :8
-    ]
-    kept = assets.workspace() / "trained"
-    folder = kept / f"{table.attrs['world']}-{profile.name}-{who}" / model
-    if (folder / "training.json").exists():
-        return folder
-    needs = {name: assets.checkpoint("camus", name) for name in builds_on(model, profile)}
-    if needs:  # the geometry of the frames that the shipped networks learned from
-        shipped = models.load_generator(assets.checkpoint("camus", model))
-        profile = replace(
-            profile,
-            latent_channels=shipped.latent_shape[0],
-            side=shipped.side,
-            stretched=shipped.stretched,
-        )
-    if "clip" in needs:
-        width = models.load_clip(needs["clip"])[0].config.text_config.hidden_size
-        profile = replace(profile, clip_width=width)
-    cache = assets.workspace() / "cache"
-    train(
-        model,
-        data.load_frames(rows, profile, cache_dir=cache),
-        profile,
-        folder,
-        needs=needs,
-        provenance=results.provenance(f"training.from_scratch({model!r}), profile {profile.name}"),
-        progress=progress,
-        cache_dir=cache,
-    )
-    return folder
 
 
 def builds_on(model, profile):
@@ -419,9 +170,9 @@ def _made_from(model, frames, seed, needs, start, settings):
         "splits": _splits(table),
         "stretched": frames.stretched,
         "frames": content.hexdigest()[:16],
-        "start": start and models.weights_digest(start)[:16],
+        "start": start and checkpoints.weights_digest(start)[:16],
         "settings": {name: repr(value) for name, value in settings.items()},
-    } | {name: models.weights_digest(folder)[:16] for name, folder in needs.items()}
+    } | {name: checkpoints.weights_digest(folder)[:16] for name, folder in needs.items()}
 
 
 def _stages(model, frames, profile, parts, needs, seed, cache_dir, settings):
@@ -438,8 +189,8 @@ def _stages(model, frames, profile, parts, needs, seed, cache_dir, settings):
     if not builds_on(model, profile):
         vae, frames = None, _shrunk(frames, profile.unconditional_pixels)
     else:
-        folder = needs.get("autoencoder") or models.needed(needs["text"], "autoencoder")
-        vae = models.load_autoencoder(folder).to(models.device())
+        folder = needs.get("autoencoder") or checkpoints.needed(needs["text"], "autoencoder")
+        vae = checkpoints.load_autoencoder(folder).to(models.device())
         _check_latents(vae, folder, frames, profile)
     with models.processes().main_process_first():  # the others find the cache
         views = data.latent_views(vae, frames, profile.jittered_views, seed, cache_dir, **JITTER)
@@ -453,9 +204,9 @@ def _stages(model, frames, profile, parts, needs, seed, cache_dir, settings):
 def _autoencoder(frames, profile, parts, settings):
     vae, discriminator = models.build_autoencoder(profile), models.build_discriminator()
     tensors = {"images": frames.images}
-    objective = ReconstructionObjective(vae, profile.crop)
+    objective = objectives.ReconstructionObjective(vae, profile.crop)
     yield Stage("reconstruction", objective, tensors, profile.autoencoder)
-    objective = TextureObjective(vae, discriminator, profile.crop, **settings)
+    objective = objectives.TextureObjective(vae, discriminator, profile.crop, **settings)
     yield Stage("texture", objective, tensors, profile.texture)
     deviation = data.encode(vae, frames.images[:: max(1, len(frames) // 400)]).std().item()
     vae.register_to_config(scaling_factor=1 / deviation)
@@ -466,7 +217,7 @@ def _clip(frames, profile, parts, settings):
     tokenizer = models.build_tokenizer(prompts.every())
     clip = models.build_clip(profile, tokenizer)
     texts, ids = data.prompt_table(frames, TEMPLATES)
-    objective = ContrastiveObjective(clip, models.tokens(tokenizer, texts), **settings)
+    objective = objectives.ContrastiveObjective(clip, models.tokens(tokenizer, texts), **settings)
     tensors = {"images": frames.images, "masks": frames.masks, "prompts": ids}
     yield Stage("clip", objective, tensors, profile.clip)
     parts += [("", clip), ("", tokenizer)]
@@ -477,11 +228,11 @@ def _judge(model, frames, profile, parts, settings):
     tensors = {"images": frames.images, "masks": frames.masks}
     if model == "segmenter":
         network, recipe = models.build_segmenter(profile), profile.segmentation
-        yield Stage(model, SegmentationObjective(network, **settings), tensors, recipe)
+        yield Stage(model, objectives.SegmentationObjective(network, **settings), tensors, recipe)
     else:
         network, recipe = models.build_classifier(profile), profile.classification
         tensors["labels"] = frames.classes
-        yield Stage(model, ClassificationObjective(network, **settings), tensors, recipe)
+        yield Stage(model, objectives.ClassificationObjective(network, **settings), tensors, recipe)
     parts.append(("", network))
 
 
@@ -511,8 +262,8 @@ def _text(model, frames, profile, views, needs, parts, settings):
     """The text model; or, on the frozen one in the folder needs["text"], its ControlNet."""
     settings = dict(settings)
     texts, ids = data.prompt_table(frames, settings.pop("templates", TEMPLATES))
-    clip = needs["clip"] if model == "text" else models.needed(needs["text"], "clip")
-    states = models.TextEncoder(clip)(texts)
+    clip = needs["clip"] if model == "text" else checkpoints.needed(needs["text"], "clip")
+    states = checkpoints.TextEncoder(clip)(texts)
     tensors = {"latents": views["latents"]}
     tensors["prompts"] = ids.repeat(len(views["latents"]) // len(frames), 1)
     if model == "text":
@@ -520,7 +271,7 @@ def _text(model, frames, profile, views, needs, parts, settings):
         denoiser, scheduler = models.TextGuided(unet), models.build_scheduler(recipe.prediction)
         parts += [("unet", unet), ("scheduler", scheduler)]
     else:
-        frozen = models.load_generator(needs["text"])
+        frozen = checkpoints.load_generator(needs["text"])
         unet, scheduler = frozen.denoiser.unet, frozen.scheduler
         controlnet = models.build_controlnet(unet)
         denoiser = models.TextSegmentationGuided(unet, controlnet)
@@ -533,7 +284,7 @@ def _text(model, frames, profile, views, needs, parts, settings):
 
 def _diffusion(denoiser, scheduler, recipe, settings, states=None):
     settings = {"snr_gamma": recipe.snr_gamma} | settings
-    return DiffusionObjective(denoiser, scheduler, states, **settings)
+    return objectives.DiffusionObjective(denoiser, scheduler, states, **settings)
 
 
 def _shrunk(frames, side):
@@ -816,33 +567,6 @@ def _dropout_seed(seed, step, process):
     return 2**40 * (1 + process) + _seed(seed, 0, step)
 
 
-def _draw_crops(batch, crop, generator):
-    n, _, height, width = batch["images"].shape
-    rows = torch.randint(height - crop + 1, (n,), generator=generator)
-    columns = torch.randint(width - crop + 1, (n,), generator=generator)
-    return {"corners": torch.stack([rows, columns], 1)}
-
-
-def _crop(images, corners, crop):
-    pairs = zip(images, corners.tolist(), strict=True)
-    return torch.stack([image[:, r : r + crop, c : c + crop] for image, (r, c) in pairs])
-
-
-def _high_frequencies(images):
-    """Image minus its blur (5 x 5 mean): what is finer than about five pixels."""
-    return images - F.avg_pool2d(F.pad(images, (2, 2, 2, 2), mode="reflect"), 5, stride=1)
-
-
-def _deviations(images):
-    """Standard deviations of neighbours' differences: right, down, two diagonals, two scales, (N, 8)."""
-    found = []
-    for x in (images, F.avg_pool2d(images, 2)):
-        pairs = [(x[..., 1:], x[..., :-1]), (x[..., 1:, :], x[..., :-1, :])]
-        pairs += [(x[..., 1:, 1:], x[..., :-1, :-1]), (x[..., 1:, :-1], x[..., :-1, 1:])]
-        found += [(a - b).std(dim=(1, 2, 3)) for a, b in pairs]
-    return torch.stack(found, 1)
-
-
 def _save_state(path, objective, optimizer, ema, identity, step, rows):
     """Write weights, optimiser and averages, and in the header the rest, as one file, whole or not."""
     tensors = {f"objective.{k}": v for k, v in objective.state_dict().items()}
@@ -851,7 +575,7 @@ def _save_state(path, objective, optimizer, ema, identity, step, rows):
         tensors |= {f"optimizer.{i}.{k}": v for k, v in values.items()}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     facts = {"step": step, "made_from": identity, "ema_steps": ema.optimization_step, "log": rows}
-    data.save_tensors(path, tensors, {"facts": json.dumps(facts)})
+    files.save_tensors(path, tensors, {"facts": json.dumps(facts)})
 
 
 def _known(path):

@@ -20,6 +20,7 @@ import torch
 
 from diffecho_utils import (
     camus,
+    checkpoints,
     data,
     downstream,
     metrics,
@@ -27,7 +28,9 @@ from diffecho_utils import (
     phantom,
     profiles,
     prompts,
+    runs,
     sampling,
+    synthetic,
     training,
 )
 
@@ -65,12 +68,12 @@ def trained(frames, profile, folder):
     for model, needs in training.MODELS.items():
         needed = {name: folders[name] for name in needs}
         log = training.train(model, frames, profile, folders[model], needs=needed, progress=str)
-        say(f"training, {model}", models.weights_digest(folders[model]), log[["step", "loss"]])
+        say(f"training, {model}", checkpoints.weights_digest(folders[model]), log[["step", "loss"]])
     return folders
 
 
 def drawn(name, folder, frames):
-    generator = models.load_generator(folder)
+    generator = checkpoints.load_generator(folder)
     seeds, told = np.arange(len(frames)), sampling.told(name, frames)
     guidance = 1.0 if name == "unconditional" else 2.0
     for solver, scheduler in sampling.SOLVERS.items():
@@ -83,15 +86,15 @@ def drawn(name, folder, frames):
             **told,
         )
         say(f"drawn, {name}, {solver}", images)
-    planned = sampling.plan(name, 2, frames)
-    table = sampling.write_synthetic(generator, folder / "set", *planned, 2, seed=3)
+    planned = synthetic.plan(name, 2, frames)
+    table = synthetic.write(generator, folder / "set", *planned, 2, seed=3)
     say(f"set, {name}", table, *(p.read_bytes() for p in sorted((folder / "set").rglob("*.png"))))
     return images
 
 
 def measured(sets, frames, folders):
-    vae = models.load_autoencoder(folders["autoencoder"])
-    judges = [models.load_network(folders[name]) for name in ("segmenter", "classifier")]
+    vae = checkpoints.load_autoencoder(folders["autoencoder"])
+    judges = [checkpoints.load_network(folders[name]) for name in ("segmenter", "classifier")]
     known, unseen = frames["training"], frames["validation"]
     several = data.joined(*[unseen] * 4)  # a panel needs some of each class
     for name, images in sets.items():
@@ -102,7 +105,8 @@ def measured(sets, frames, folders):
         classes = [x.classes.numpy() for x in (several, known, several)]
         pairs = [item for pair in zip(see, classes, strict=True) for item in pair]
         say(f"panel, {name}", metrics.panel(*pairs, several.table["patient"].to_numpy()))
-        read = downstream.read_by_judges(judges, images, unseen.classes.numpy(), unseen.masks)
+        images = images.repeat(4, 1, 1, 1)
+        read = downstream.read_by_judges(judges, images, several.classes.numpy(), several.masks)
         say(f"judges, {name}", pd.DataFrame(read))
 
 
@@ -113,14 +117,14 @@ def downstream_runs(frames, profile):
         ("segmentation, paper", downstream.segmentation_run, {"recipe": "paper"}),
         ("classification", downstream.classification_run, {"network": "small"}),
     ):
-        runs = [train(known, unseen, profile, seed=s, progress=str, **settings) for s in (0, 1)]
-        for run in runs:
+        pair = [train(known, unseen, profile, seed=s, progress=str, **settings) for s in (0, 1)]
+        for run in pair:
             del run["seconds"]
-        say(f"runs, {task}", runs)
+        say(f"runs, {task}", pair)
         if task == "segmentation":
-            say(f"difference, {task}", downstream.paired_difference(runs[:1], runs[1:]))
+            say(f"difference, {task}", runs.paired_difference(pair[:1], pair[1:]))
         elif task == "classification":
-            say(f"difference, {task}", downstream.classification_difference(runs[:1], runs[1:]))
+            say(f"difference, {task}", runs.classification_difference(pair[:1], pair[1:]))
 
 
 def say(name, *values):

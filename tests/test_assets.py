@@ -7,7 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from diffecho_utils import DiffEchoError, assets, models
+from diffecho_utils import (
+    DiffEchoError,
+    assets,
+    checkpoints,
+)
 
 
 @pytest.fixture
@@ -43,7 +47,7 @@ def kept(tmp_path):
 def test_checkpoint_is_fetched_once_and_loads(away, tmp_path):
     folder = assets.checkpoint("camus", "classifier")
     assert folder == tmp_path / "cache" / "checkpoints" / "camus" / "classifier"
-    models.load_network(folder)
+    checkpoints.load_network(folder)
     shutil.rmtree(away)
     assert assets.checkpoint("camus", "classifier") == folder, "not asked for again"
     assert assets.workspace() == tmp_path / "_build"
@@ -52,7 +56,7 @@ def test_checkpoint_is_fetched_once_and_loads(away, tmp_path):
 
 
 def test_checkpoint_comes_with_what_it_builds_on(away, tmp_path):
-    assert models.load_generator(assets.checkpoint("phantom", "text-seg"))
+    assert checkpoints.load_generator(assets.checkpoint("phantom", "text-seg"))
     there = {path.name for path in (tmp_path / "cache" / "checkpoints" / "phantom").iterdir()}
     assert there == {"autoencoder", "clip", "text", "text-seg"}
 

@@ -5,7 +5,13 @@ import torch
 import torch.nn.functional as F
 from transformers import CLIPModel, CLIPTokenizer
 
-from diffecho_utils import data, models, prompts, training
+from diffecho_utils import (
+    checkpoints,
+    data,
+    models,
+    objectives,
+    prompts,
+)
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +27,7 @@ def clip(smoke, tokenizer):
 
 @pytest.fixture
 def folder(clip, tokenizer, tmp_path):
-    models.save([("", clip), ("", tokenizer)], tmp_path / "clip", {"model": "clip"})
+    checkpoints.save([("", clip), ("", tokenizer)], tmp_path / "clip", {"model": "clip"})
     return tmp_path / "clip"
 
 
@@ -40,6 +46,11 @@ def test_any_word_can_be_spelled(tokenizer):
         assert spelled.replace(" ", "") == text.lower().replace(" ", "")
 
 
+def test_the_same_texts_give_the_same_tokenizer(tokenizer):
+    again = models.build_tokenizer(reversed(prompts.every()))
+    assert again.get_vocab() == tokenizer.get_vocab()
+
+
 def test_prompts_fit_and_case_does_not_matter(tokenizer):
     ids = models.tokens(tokenizer, prompts.every())
     assert ids.shape == (len(prompts.every()), models.TOKENS)
@@ -52,7 +63,7 @@ def test_prompts_fit_and_case_does_not_matter(tokenizer):
 def test_shared_prompts_share_the_targets(clip, tokenizer, frames):
     """The loss written out as sums over the frames that a prompt fits."""
     texts, ids = data.prompt_table(frames, ("paper",))
-    objective = training.ContrastiveObjective(clip, models.tokens(tokenizer, texts))
+    objective = objectives.ContrastiveObjective(clip, models.tokens(tokenizer, texts))
     n = 12
     images, masks, ids = frames.images[:n], frames.masks[:n], ids[:n]
     wording = torch.arange(n) % prompts.WORDINGS
@@ -72,7 +83,7 @@ def test_shared_prompts_share_the_targets(clip, tokenizer, frames):
 
 def test_distinct_prompts_give_the_loss_of_clip(clip, tokenizer, frames):
     texts = [f"patient {i}" for i in range(8)]
-    objective = training.ContrastiveObjective(clip, models.tokens(tokenizer, texts))
+    objective = objectives.ContrastiveObjective(clip, models.tokens(tokenizer, texts))
     images, masks, drawn = frames.images[:8], frames.masks[:8], torch.zeros(8, 6)
     ids, wording = torch.arange(8)[:, None], torch.zeros(8, dtype=torch.int64)
     loss, _ = objective(images, masks, ids, drawn, wording)
@@ -82,7 +93,7 @@ def test_distinct_prompts_give_the_loss_of_clip(clip, tokenizer, frames):
 
 
 def test_text_encoder_gives_token_states(folder, smoke):
-    encoder = models.TextEncoder(folder)
+    encoder = checkpoints.TextEncoder(folder)
     states = encoder(["", "two-chamber view", "two-chamber heart", "Two-Chamber View"])
     assert states.shape == (4, models.TOKENS, smoke.clip_width)
     assert states.dtype == torch.float32 and not states.requires_grad

@@ -13,13 +13,20 @@ from diffusers import (
 )
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from diffecho_utils import DiffEchoError, models, prompts, sampling, training
+from diffecho_utils import (
+    DiffEchoError,
+    checkpoints,
+    models,
+    prompts,
+    sampling,
+    training,
+)
 
 SEEDS, STEPS = [3, 4], 3
 
 
 @pytest.fixture(scope="module")
-def checkpoints(frames, smoke, tmp_path_factory):
+def folders(frames, smoke, tmp_path_factory):
     """The four folders that text + segmentation guidance needs, each trained for a few steps."""
     root = tmp_path_factory.mktemp("checkpoints")
     needs = {"autoencoder": [], "clip": [], "text": ["autoencoder", "clip"], "text-seg": ["text"]}
@@ -42,8 +49,8 @@ def told(frames):
     return {"prompts": prompts.make(two.table, "paper-seg"), "masks": two.masks}
 
 
-def test_untrained_controlnet_is_the_text_model(checkpoints, told):
-    text = models.load_generator(checkpoints / "text")
+def test_untrained_controlnet_is_the_text_model(folders, told):
+    text = checkpoints.load_generator(folders / "text")
     unet = text.denoiser.unet
     torch.manual_seed(0)
     controlnet = models.build_controlnet(unet)
@@ -59,9 +66,9 @@ def test_untrained_controlnet_is_the_text_model(checkpoints, told):
         assert not torch.equal(before, untrained(noisy, times, states, told["masks"]))
 
 
-def test_training_moves_the_copy_and_leaves_the_text_model(checkpoints):
-    trained = models.load_generator(checkpoints / "text-seg").denoiser
-    text = models.load_generator(checkpoints / "text").denoiser
+def test_training_moves_the_copy_and_leaves_the_text_model(folders):
+    trained = checkpoints.load_generator(folders / "text-seg").denoiser
+    text = checkpoints.load_generator(folders / "text").denoiser
     before = text.unet.state_dict()
     assert all(torch.equal(before[k], v) for k, v in trained.unet.state_dict().items())
     zero = trained.controlnet.controlnet_mid_block.weight
@@ -76,8 +83,8 @@ def test_control_image_is_the_label_map_in_colours(told):
     assert picture.sum(1).max() == 1
 
 
-def test_label_maps_it_cannot_read_are_refused(checkpoints, told):
-    generator = models.load_generator(checkpoints / "text-seg")
+def test_label_maps_it_cannot_read_are_refused(folders, told):
+    generator = checkpoints.load_generator(folders / "text-seg")
     unknown = told | {"masks": told["masks"] * 85}  # as the PNG re-packs store labels
     with pytest.raises(DiffEchoError, match=r"labels \[0, 85, 170, 255\]"):
         sampling.sample(generator, SEEDS, STEPS, **unknown)
@@ -91,17 +98,17 @@ def test_label_maps_it_cannot_read_are_refused(checkpoints, told):
 
 
 @pytest.mark.parametrize("model", ["text", "text-seg"])
-def test_stock_pipelines_draw_the_same_picture(checkpoints, told, model):
+def test_stock_pipelines_draw_the_same_picture(folders, told, model):
     """Folders loaded by diffusers and transformers alone, in a stock pipeline, draw as `sample` does."""
     scheduler = DPMSolverMultistepScheduler.from_pretrained(
-        checkpoints / "text" / "scheduler",
+        folders / "text" / "scheduler",
         steps_offset=1,  # stock pipelines insist on it
     )
     parts = {
-        "vae": AutoencoderKL.from_pretrained(checkpoints / "autoencoder"),
-        "text_encoder": CLIPTextModel.from_pretrained(checkpoints / "clip"),
-        "tokenizer": CLIPTokenizer.from_pretrained(checkpoints / "clip"),
-        "unet": UNet2DConditionModel.from_pretrained(checkpoints / "text" / "unet"),
+        "vae": AutoencoderKL.from_pretrained(folders / "autoencoder"),
+        "text_encoder": CLIPTextModel.from_pretrained(folders / "clip"),
+        "tokenizer": CLIPTokenizer.from_pretrained(folders / "clip"),
+        "unet": UNet2DConditionModel.from_pretrained(folders / "text" / "unet"),
         "scheduler": scheduler,
         "safety_checker": None,
         "feature_extractor": None,
@@ -111,15 +118,13 @@ def test_stock_pipelines_draw_the_same_picture(checkpoints, told, model):
     if model == "text":
         pipeline = StableDiffusionPipeline(**parts, requires_safety_checker=False)
     else:
-        parts["controlnet"] = ControlNetModel.from_pretrained(
-            checkpoints / "text-seg" / "controlnet"
-        )
+        parts["controlnet"] = ControlNetModel.from_pretrained(folders / "text-seg" / "controlnet")
         pipeline = StableDiffusionControlNetPipeline(**parts, requires_safety_checker=False)
         given["masks"] = told["masks"]
         settings["image"] = models.control_image(told["masks"])
     pipeline = pipeline.to(torch.float32)  # checkpoints are kept in half precision
     pipeline.set_progress_bar_config(disable=True)
-    generator = models.load_generator(checkpoints / model)
+    generator = checkpoints.load_generator(folders / model)
     noise = sampling.initial_noise(SEEDS, generator.latent_shape)
     drawn = pipeline(told["prompts"], latents=noise, **settings).images
     ours = sampling.sample(generator, SEEDS, STEPS, guidance=2.0, scheduler=scheduler, **given)

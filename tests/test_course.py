@@ -7,7 +7,12 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from diffecho_utils import DiffEchoError, course, results
+from diffecho_utils import (
+    DiffEchoError,
+    chapter,
+    course,
+    results,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -20,14 +25,14 @@ def area(r):
 total = area(1) + area(2)"""
 CHECK = """\
 from diffecho_utils import course
-with course.exercise(1, area=area, total=total):
+with chapter.exercise(1, area=area, total=total):
     assert area(1) > 3, "the area of a disc is pi r^2"
     assert total > area(2), "add both areas"
 """
 
 
 @pytest.fixture
-def chapter():
+def taught():
     cells = [
         new_markdown_cell("# A chapter"),
         new_markdown_cell("## Exercises\n\n### Exercise 1: Discs\n\nAdd two."),
@@ -48,8 +53,8 @@ def run(notebook):
     return namespace
 
 
-def test_student_gets_a_stub_and_no_answer(chapter):
-    copy = course.student(chapter)
+def test_student_gets_a_stub_and_no_answer(taught):
+    copy = course.student(taught)
     text = "\n".join(cell.source for cell in copy.cells)
     for told in ("import math", "def area(r):", "Of a disc.", "total = ...", "Exercise 2", CHECK):
         assert told in text
@@ -60,36 +65,36 @@ def test_student_gets_a_stub_and_no_answer(chapter):
     assert len(chapter.cells) == 7 and chapter.cells[2].source == SOLUTION, "only a copy"
 
 
-def test_an_unwritten_function_is_said(chapter):
-    copy = course.student(chapter)
+def test_an_unwritten_function_is_said(taught):
+    copy = course.student(taught)
     for cell in copy.cells:
         cell.source = cell.source.replace("total = ...", "total = 0")
     with pytest.raises(NotImplementedError, match="exercise 1: write `area` first"):
         run(copy)
 
 
-def test_wrong_answer_gets_the_hint(chapter):
+def test_wrong_answer_gets_the_hint(taught):
     chapter.cells[2].source = SOLUTION.replace("+", "-")
     with pytest.raises(AssertionError, match="add both areas"):
-        run(course.teacher(chapter))
+        run(course.teacher(taught))
 
 
-def test_teacher_copy_and_trial_run(chapter, capsys):
-    assert run(course.teacher(chapter))["total"] > 15
-    run(course.trial(chapter))
+def test_teacher_copy_and_trial_run(taught, capsys):
+    assert run(course.teacher(taught))["total"] > 15
+    run(course.trial(taught))
     assert "Exercise 1: passed." in capsys.readouterr().out
 
 
-def test_trial_refuses_a_check_that_the_stub_passes(chapter):
+def test_trial_refuses_a_check_that_the_stub_passes(taught):
     chapter.cells[4].source = "from diffecho_utils import course"
     with pytest.raises(RuntimeError, match="exercise 1 passes on the stub"):
-        run(course.trial(chapter))
+        run(course.trial(taught))
 
 
-def test_solution_without_a_check_is_refused(chapter):
+def test_solution_without_a_check_is_refused(taught):
     del chapter.cells[4]
     with pytest.raises(DiffEchoError, match="exercise 1: a solution and no cell tagged `check`"):
-        course.student(chapter)
+        course.student(taught)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -111,11 +116,11 @@ def installs(copy):
 
 
 @pytest.fixture
-def at(chapter, tmp_path, monkeypatch):
+def at(taught, tmp_path, monkeypatch):
     """Writes copies of the chapter in a checkout whose package is of a commit and whose remote has branches."""
     install = "%pip install https://github.com/diffecho-book/diffecho-book/archive/main.zip"
     chapter.cells.insert(0, new_code_cell(install))
-    nbformat.write(chapter, tmp_path / "01_a.ipynb")
+    nbformat.write(taught, tmp_path / "01_a.ipynb")
 
     def at(commit, branches="origin/main"):
         monkeypatch.setattr(results, "revision", lambda: commit)
@@ -142,7 +147,7 @@ def test_copies_of_an_unknown_or_changed_package_are_not_written(at, commit, tmp
     assert not (tmp_path / "student").exists()
 
 
-def test_a_chapter_without_the_installing_cell_is_named(chapter, tmp_path):
-    nbformat.write(chapter, tmp_path / "01_a.ipynb")
+def test_a_chapter_without_the_installing_cell_is_named(taught, tmp_path):
+    nbformat.write(taught, tmp_path / "01_a.ipynb")
     with pytest.raises(DiffEchoError, match="01_a.ipynb: its first code cell installs no archive"):
         course.write([tmp_path / "01_a.ipynb"], tmp_path, "v9.9.9")

@@ -7,7 +7,13 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from diffecho_utils import camus, data, models, prompts
+from diffecho_utils import (
+    camus,
+    data,
+    files,
+    models,
+    prompts,
+)
 
 
 def test_frames_are_in_range_and_ordered_as_the_table(phantom_root, frames, smoke):
@@ -95,7 +101,7 @@ def test_latent_views_are_scaled_cached_and_labelled(frames, smoke, tmp_path):
 def test_saved_tensors_carry_facts_and_replace_a_file_whole(tmp_path):
     path = tmp_path / "new" / "features.safetensors"
     for value in (1.0, 2.0):
-        data.save_tensors(path, {"features": torch.full((3,), value)}, {"world": "phantom"})
+        files.save_tensors(path, {"features": torch.full((3,), value)}, {"world": "phantom"})
     with safe_open(path, "pt") as file:
         assert file.metadata() == {"world": "phantom"} and file.get_tensor("features")[0] == 2
     assert [p.name for p in path.parent.iterdir()] == ["features.safetensors"]

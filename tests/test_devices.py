@@ -14,7 +14,16 @@ from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from torch.utils import backend_registration
 
-from diffecho_utils import data, downstream, metrics, models, sampling, training
+from diffecho_utils import (
+    checkpoints,
+    data,
+    downstream,
+    metrics,
+    models,
+    objectives,
+    sampling,
+    training,
+)
 from diffecho_utils.profiles import Recipe
 
 register = getattr(backend_registration, "_setup_privateuseone_for_python_backend", None)
@@ -135,7 +144,7 @@ def trained(device, smoke, few, tmp_path_factory):
 
 @pytest.fixture(scope="module", params=models.GENERATORS)
 def generator(request, device, trained):
-    return models.load_generator(trained[request.param]).to(device)
+    return checkpoints.load_generator(trained[request.param]).to(device)
 
 
 def test_mixing_is_refused(device):
@@ -153,7 +162,9 @@ def test_mixing_is_refused(device):
 
 
 def test_one_step_of_each_model(trained):
-    assert all(models.read_training(folder)["model"] == name for name, folder in trained.items())
+    assert all(
+        checkpoints.read_training(folder)["model"] == name for name, folder in trained.items()
+    )
 
 
 def test_a_run_that_goes_on(device, smoke, few, tmp_path):
@@ -161,7 +172,7 @@ def test_a_run_that_goes_on(device, smoke, few, tmp_path):
     recipe, said = replace(smoke.classification, steps=3, batch=2, save_every=1), []
 
     def fit(look):
-        objective = training.ClassificationObjective(models.build_classifier(smoke))
+        objective = objectives.ClassificationObjective(models.build_classifier(smoke))
         state, watch = tmp_path / "state", ({2}, look)
         training.fit(objective, tensors, recipe, state, progress=said.append, watch=watch)
 
@@ -190,13 +201,15 @@ def test_sampling(generator, few, solver):
 def test_judges_and_features(device, trained, few):
     inception = torch.nn.Conv2d(3, 4, 8, 8)  # stands in for the real one
     inception.register_forward_pre_hook(lambda _, given: given[0].float())
-    segmenter, classifier = (models.load_network(trained[n]) for n in ("segmenter", "classifier"))
-    vae = models.load_autoencoder(trained["autoencoder"])
+    segmenter, classifier = (
+        checkpoints.load_network(trained[n]) for n in ("segmenter", "classifier")
+    )
+    vae = checkpoints.load_autoencoder(trained["autoencoder"])
     for look, network in (
         (downstream.segment, segmenter),
         (downstream.classify, classifier),
         (metrics.network_features, classifier),
-        (metrics.clip_features, models.load_clip(trained["clip"])[0]),
+        (metrics.clip_features, checkpoints.load_clip(trained["clip"])[0]),
         (metrics.features, vae),
         (lambda vae, images: data.decode(vae, data.encode(vae, images)), vae),
         (metrics.inception_features, inception),

@@ -17,13 +17,14 @@ from diffecho_utils import (
     models,
     phantom,
     results,
-    sampling,
+    runs,
+    synthetic,
 )
 from diffecho_utils.__main__ import main
 
 
 @pytest.fixture(scope="module")
-def synthetic(frames, tmp_path_factory):
+def copies(frames, tmp_path_factory):
     """Every frame of the phantom twice, as if it had been drawn, on disk."""
     folder = tmp_path_factory.mktemp("sets") / "copies"
     for name in ("images", "label_maps"):
@@ -31,8 +32,8 @@ def synthetic(frames, tmp_path_factory):
     table = frames.table.loc[frames.table.index.repeat(2)].reset_index(drop=True)
     rows = np.arange(len(frames)).repeat(2)
     for i, row in enumerate(rows):
-        sampling.save_image(frames.images[row], folder / "images" / f"{i}.png")
-        sampling._save_grey(frames.masks[row].numpy(), folder / "label_maps" / f"{i}.png")
+        synthetic.save_image(frames.images[row], folder / "images" / f"{i}.png")
+        synthetic.save_grey(frames.masks[row].numpy(), folder / "label_maps" / f"{i}.png")
     names = [f"{i}.png" for i in range(len(rows))]
     table = table[["view", "phase"]].assign(
         file_name=[f"images/{name}" for name in names],
@@ -40,13 +41,13 @@ def synthetic(frames, tmp_path_factory):
         seed=range(len(rows)),
         label_map=[f"label_maps/{name}" for name in names],
     )
-    table[sampling.METADATA].to_csv(folder / "metadata.csv", index=False)
+    table[synthetic.METADATA].to_csv(folder / "metadata.csv", index=False)
     (folder / "dataset.json").write_text(json.dumps({"settings": {"model": "sdm"}}))
     return folder
 
 
-def test_a_set_becomes_frames_and_joins_the_real_ones(frames, synthetic):
-    drawn = sampling.read_frames(synthetic, frames.images.shape[-1])
+def test_a_set_becomes_frames_and_joins_the_real_ones(frames, copies):
+    drawn = synthetic.read_frames(copies, frames.images.shape[-1])
     assert torch.equal(drawn.masks, frames.masks.repeat_interleave(2, 0))
     both = downstream.with_synthetic(frames, drawn, 0.5)
     counts = np.bincount(both.classes)
@@ -123,20 +124,20 @@ def test_summary_is_over_runs_and_differences_are_paired():
     patients = ["a", "a", "b", "b"]
     real = [run_of([0.5, 0.6, 0.7, 0.8], patients, seed=s) for s in range(2)]
     more = [run_of(np.array([0.5, 0.6, 0.7, 0.8]) + 0.1, patients, "more") for _ in range(2)]
-    table = downstream.summary(real + more)
+    table = runs.summary(real + more)
     assert table.loc["real", "Dice, LA"] == pytest.approx(0.65) and table.loc["more", "runs"] == 2
     assert table.loc["real", "Dice, LA_sd"] == 0 and table.loc["real", "ef_error"] == 5
     assert table.loc["real", "ef_measured"] == 0.5
-    gap = downstream.paired_difference(more, real)
+    gap = runs.paired_difference(more, real)
     np.testing.assert_allclose(gap, 0.1)  # the patients differ by far more than the arms
     with pytest.raises(DiffEchoError, match="different frames"):
-        downstream.paired_difference(more, [run_of([0.5], ["a"])])
+        runs.paired_difference(more, [run_of([0.5], ["a"])])
 
 
 def test_steps_to_a_threshold_are_read_between_the_points():
     run = run_of([0.5], ["a"])
-    assert downstream.steps_to(run, 0.4) == pytest.approx(15)
-    assert downstream.steps_to(run, 0.1) == 10 and downstream.steps_to(run, 0.9) == np.inf
+    assert runs.steps_to(run, 0.4) == pytest.approx(15)
+    assert runs.steps_to(run, 0.1) == 10 and runs.steps_to(run, 0.9) == np.inf
 
 
 def test_runs_of_another_version_are_named_and_left_out(tmp_path):
@@ -150,12 +151,10 @@ def test_runs_of_another_version_are_named_and_left_out(tmp_path):
     (folder / "broken.json").write_text("{")
     packed = results.pack(folder, tmp_path / "runs.zip")
     for source in (folder, packed):
-        runs, skipped = downstream.read_runs(source)
-        assert [run["seed"] for run in runs] == [0, 0, 7] and len(skipped) == 2
-        assert runs[0]["record"]["name"] == "mine"
-        assert "phantom, profile smoke, " in downstream.made(runs) and "`x`" in downstream.made(
-            runs
-        )
+        found, skipped = runs.read(source)
+        assert [run["seed"] for run in found] == [0, 0, 7] and len(skipped) == 2
+        assert found[0]["record"]["name"] == "mine"
+        assert "phantom, profile smoke, " in runs.made(found) and "`x`" in runs.made(found)
         assert any("old.json: version 0" in line for line in skipped)
         assert any("broken.json" in line for line in skipped)
     again = results.pack(folder, tmp_path / "again.zip")
@@ -164,23 +163,23 @@ def test_runs_of_another_version_are_named_and_left_out(tmp_path):
     bent[bent.index(b"BZh") + 20] ^= 255
     again.write_bytes(bent)
     with pytest.raises(DiffEchoError, match="damaged"):
-        downstream.read_runs(again)
+        runs.read(again)
     packed.write_bytes(packed.read_bytes()[:-30])
     with pytest.raises(DiffEchoError, match="damaged"):
-        downstream.read_runs(packed)
+        runs.read(packed)
     with pytest.raises(DiffEchoError, match="no such runs"):
-        downstream.read_runs(tmp_path / "nothing")
+        runs.read(tmp_path / "nothing")
     with pytest.raises(DiffEchoError, match="no record"):
         results.pack(tmp_path / "nothing", tmp_path / "x.zip")
 
 
 def test_seeds_as_a_mean_with_its_ends_and_intervals_in_words():
     arms = {"real": [{"x": 0.5}, {"x": 0.9}, {"x": 0.7}], "alone": [{"x": 0.2}]}
-    found = downstream.over_seeds(arms, ["real", "alone"], lambda run: run["x"])
+    found = runs.over_seeds(arms, ["real", "alone"], lambda run: run["x"])
     assert found["real"] == pytest.approx((0.7, 0.5, 0.9))
     assert found["alone"] == (0.2, 0.2, 0.2)
     intervals = (0.1, 0.02, 0.2), (-0.1, -0.2, -0.02), (0.1, -0.1, 0.3), (0.1, 0.0, 0.2)
-    words = [downstream.told_apart(interval) for interval in intervals]
+    words = [runs.told_apart(interval) for interval in intervals]
     assert words == ["better", "worse", "not told apart", "not told apart"]
 
 
@@ -195,26 +194,26 @@ def test_patients_on_both_sides_and_missing_classes_are_refused(phantom_root):
 
 
 def test_command_line_trains_with_a_set_and_refuses_one_without_maps(
-    phantom_root, synthetic, tmp_path, capsys
+    phantom_root, copies, tmp_path, capsys
 ):
     command = ["downstream", "segmentation", "--data", str(phantom_root), "--profile", "smoke"]
     path = tmp_path / "runs.json"
-    arms = ["--synthetic", str(synthetic), "--share", "0.5", "--seeds", "2", "--json", str(path)]
+    arms = ["--synthetic", str(copies), "--share", "0.5", "--seeds", "2", "--json", str(path)]
     assert main([*command, *arms, "--steps", "2"]) == 0
     values = results.load(path)["values"]
     assert values["arm"] == "real + 0.5 copies" and [r["seed"] for r in values["runs"]] == [0, 1]
     assert "real + 0.5 copies" in capsys.readouterr().out
-    assert [run["arm"] for run in downstream.read_runs(tmp_path)[0]] == ["real + 0.5 copies"] * 2
+    assert [run["arm"] for run in runs.read(tmp_path)[0]] == ["real + 0.5 copies"] * 2
     assert main([*command, "--synthetic-only"]) == 1
     assert "name one with --synthetic" in capsys.readouterr().err
     assert main([*command, "--test-split", "training"]) == 1
     assert "are in the training and in the test frames" in capsys.readouterr().err
     assert main([*command, "--patients", "100"]) == 1
     assert "100 were asked for" in capsys.readouterr().err
-    table = sampling.read_synthetic(synthetic, 64)[1].assign(label_map="")
+    table = synthetic.read(copies, 64)[1].assign(label_map="")
     bare = tmp_path / "bare"
     bare.mkdir()
-    (bare / "images").symlink_to(synthetic / "images")
+    (bare / "images").symlink_to(copies / "images")
     table.to_csv(bare / "metadata.csv", index=False)
     assert main([*command, "--synthetic", str(bare)]) == 1
     assert "have no label map and cannot teach a segmenter" in capsys.readouterr().err
@@ -298,25 +297,25 @@ def test_confusion_and_difference_of_classifiers_by_hand():
     good = np.eye(4)[[0, 1, 2, 2]].tolist()  # only the phase of the last is wrong
     poor = np.eye(4)[[0, 1, 0, 0]].tolist()  # nothing of patient a but one phase
     runs = [answers_of(p, patients, classes) for p in (good, poor)]
-    counts = downstream.classification_confusion(runs[0])
+    counts = runs.classification_confusion(runs[0])
     assert counts.shape == (2, 4, 4) and counts[0, 3, 2] == counts[1, 0, 0] == 1
-    phase = downstream.classification_confusion(runs[0], "phase").sum(0)
+    phase = runs.classification_confusion(runs[0], "phase").sum(0)
     np.testing.assert_array_equal(phase, [[2, 0], [1, 1]])
     pair = [runs[0]], [runs[1]]
-    value, low, high = downstream.classification_difference(*pair, repeats=200)
+    value, low, high = runs.classification_difference(*pair, repeats=200)
     assert value == 0.25 and low == 0 and high == 0.5  # patient b alone, and a alone
-    assert downstream.classification_difference(*pair, "view", repeats=1)[0] == 0.5
-    f1, low, high = downstream.classification_difference(*pair, score="f1", repeats=200)
+    assert runs.classification_difference(*pair, "view", repeats=1)[0] == 0.5
+    f1, low, high = runs.classification_difference(*pair, score="f1", repeats=200)
     gap = runs[0]["scores"]["class"]["f1"] - runs[1]["scores"]["class"]["f1"]
     assert f1 == pytest.approx(gap, abs=1e-6) and low <= f1 <= high
     with pytest.raises(DiffEchoError, match="different frames"):
-        downstream.classification_difference([runs[0]], [answers_of(good, ["c"] * 4, classes)])
+        runs.classification_difference([runs[0]], [answers_of(good, ["c"] * 4, classes)])
 
 
 def test_reliability_sums_up_to_the_calibration_error():
     rng = np.random.default_rng(1)
     chances, truth = rng.dirichlet(np.ones(4), 300), rng.integers(4, size=300)
-    found = downstream.classification_reliability(chances, truth)
+    found = runs.classification_reliability(chances, truth)
     assert found["frames"].sum() == 300
     gap = (found["frames"] * (found["certainty"] - found["accuracy"]).abs()).sum() / 300
     expected = downstream.classification_scores(chances, truth)["class"]["calibration_error"]
@@ -325,9 +324,9 @@ def test_reliability_sums_up_to_the_calibration_error():
 
 def test_steps_to_an_accuracy_are_those_of_the_question_asked():
     run = answers_of(np.eye(4).tolist(), list("aabb"), [0, 1, 2, 3])
-    assert downstream.classification_steps_to(run, 0.5) == pytest.approx(15)
-    assert downstream.classification_steps_to(run, 0.9, "view") == 10
-    assert downstream.classification_steps_to(run, 0.8, "phase") == np.inf
+    assert runs.classification_steps_to(run, 0.5) == pytest.approx(15)
+    assert runs.classification_steps_to(run, 0.9, "view") == 10
+    assert runs.classification_steps_to(run, 0.8, "phase") == np.inf
 
 
 def test_small_and_frozen_classifiers_train_at_another_side(frames, smoke):

@@ -12,7 +12,16 @@ from sklearn.metrics.pairwise import polynomial_kernel
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import poly_mmd
 
-from diffecho_utils import DiffEchoError, anatomy, assets, camus, metrics, models, sampling
+from diffecho_utils import (
+    DiffEchoError,
+    anatomy,
+    assets,
+    camus,
+    checkpoints,
+    metrics,
+    models,
+    synthetic,
+)
 from diffecho_utils.__main__ import main
 
 
@@ -271,7 +280,7 @@ def test_panel_leaves_out_what_a_class_is_too_small_for(real):
 
 
 def test_hook_hears_what_the_last_layer_is_given(frames):
-    classifier = models.load_network(assets.checkpoint("camus", "classifier"))
+    classifier = checkpoints.load_network(assets.checkpoint("camus", "classifier"))
     found = metrics.network_features(classifier, frames.images[:10], batch=4)
     assert found.shape == (10, 128) and found.dtype == np.float64
     with torch.no_grad():
@@ -292,7 +301,7 @@ def test_hook_hears_what_the_last_layer_is_given(frames):
 
 
 def test_vectors_of_clip_are_its_image_embeddings(frames):
-    clip, tokenizer = models.load_clip(assets.checkpoint("camus", "clip"))
+    clip, tokenizer = checkpoints.load_clip(assets.checkpoint("camus", "clip"))
     images = torch.nn.functional.interpolate(frames.images[:3], 128)
     with torch.no_grad():
         ids = models.tokens(tokenizer, ["a heart"])
@@ -402,15 +411,15 @@ def test_images_that_say_nothing_are_refused(frames):
 
 
 @pytest.fixture
-def synthetic(frames, tmp_path):
+def drawn_set(frames, tmp_path):
     """A set of ten images a class with label maps, as `sample` writes them: frames of the phantom."""
     order = np.argsort(frames.classes.numpy(), kind="stable")
     folder, lines = tmp_path / "set", ["file_name,view,phase,prompt,seed,label_map"]
     (folder / "label_maps").mkdir(parents=True)
     (folder / "images").mkdir()
     for i, row in enumerate(order):
-        sampling.save_image(frames.images[row], folder / f"images/{i}.png")
-        sampling._save_grey(frames.masks[row].numpy(), folder / f"label_maps/{i}.png")
+        synthetic.save_image(frames.images[row], folder / f"images/{i}.png")
+        synthetic.save_grey(frames.masks[row].numpy(), folder / f"label_maps/{i}.png")
         view, phase = camus.CLASSES[frames.classes[row]]
         lines.append(f"images/{i}.png,{view},{phase},,{i},label_maps/{i}.png")
     (folder / "metadata.csv").write_text("\n".join(lines) + "\n")
@@ -427,10 +436,10 @@ def evaluate(folder, root, *more):
     return main(["evaluate", str(folder), *given])
 
 
-def test_evaluate_prints_writes_and_draws(synthetic, broken_root, tmp_path, capsys):
+def test_evaluate_prints_writes_and_draws(drawn_set, broken_root, tmp_path, capsys):
     paths = [tmp_path / "made" / name for name in ("report.json", "panel.png")]
     more = ["--features", "classifier", "--json", paths[0], "--figure", paths[1]]
-    assert evaluate(synthetic, broken_root, *more) == 0
+    assert evaluate(drawn_set, broken_root, *more) == 0
     printed = capsys.readouterr().out
     values = json.loads(paths[0].read_text())["values"]
     assert list(values) == [*camus.CLASS_NAMES, "all"]
@@ -440,52 +449,52 @@ def test_evaluate_prints_writes_and_draws(synthetic, broken_root, tmp_path, caps
     assert values["all"]["nearest"] < 0.01  # six of its ten patients are the training patients
     assert "40 images, features of the classifier" in printed
     assert paths[1].read_bytes().startswith(b"\x89PNG")
-    assert evaluate(synthetic, broken_root, "--figure", tmp_path / "panel.xyz") == 1
+    assert evaluate(drawn_set, broken_root, "--figure", tmp_path / "panel.xyz") == 1
     assert "panel.xyz: a figure ends in one of .png" in capsys.readouterr().err
 
 
-def refused(synthetic, root, capsys, *more):
-    assert evaluate(synthetic, root, *more) == 1
+def refused(drawn_set, root, capsys, *more):
+    assert evaluate(drawn_set, root, *more) == 1
     return capsys.readouterr().err
 
 
-def test_evaluate_refuses_what_it_cannot_judge(synthetic, broken_root, capsys):
-    metadata = synthetic / "metadata.csv"
+def test_evaluate_refuses_what_it_cannot_judge(drawn_set, broken_root, capsys):
+    metadata = drawn_set / "metadata.csv"
     lines = metadata.read_text().splitlines()
     metadata.write_text("\n".join(lines[:4] + lines[11:]) + "\n")  # three of class 2CH-ED
-    message = refused(synthetic, broken_root, capsys)
+    message = refused(drawn_set, broken_root, capsys)
     assert "2CH-ED: a Frechet distance needs 4 images of each" in message
     assert "'generated': 3" in message
     metadata.write_text("\n".join(lines) + "\n")
-    message = refused(synthetic, broken_root, capsys, "--split", "testing")
+    message = refused(drawn_set, broken_root, capsys, "--split", "testing")
     assert "split=testing" in message and "{'training': 6, 'validation': 4}" in message
-    (synthetic / "label_maps/3.png").unlink()
-    message = refused(synthetic, broken_root, capsys)
+    (drawn_set / "label_maps/3.png").unlink()
+    message = refused(drawn_set, broken_root, capsys)
     assert "label_maps/3.png: label map named in metadata.csv" in message
     grey = torch.full((1, 64, 64), 0.3)
-    sampling.save_image(grey, synthetic / "images/4.png")
-    message = refused(synthetic, broken_root, capsys)
+    synthetic.save_image(grey, drawn_set / "images/4.png")
+    message = refused(drawn_set, broken_root, capsys)
     assert "1 of 40 images are of one grey value" in message and "images/4.png" in message
-    sampling.save_image(torch.rand(1, 32, 32), synthetic / "images/4.png")
-    message = refused(synthetic, broken_root, capsys)
+    synthetic.save_image(torch.rand(1, 32, 32), drawn_set / "images/4.png")
+    message = refused(drawn_set, broken_root, capsys)
     assert "images of several sizes (images/0.png 64 x 64, images/4.png 32 x 32)" in message
     metadata.write_text("\n".join([*lines, "images/90.png,2CH,ED,,0,", "images/91.png,2CH,ED,,0,"]))
     assert "2 of the 42 images it names are missing (first: images/90" in refused(
-        synthetic, broken_root, capsys
+        drawn_set, broken_root, capsys
     )
     metadata.write_text("\n".join([*lines, "images/0.png,3CH,ED,,0,"]))
-    assert "view and phase [('3CH', 'ED')]" in refused(synthetic, broken_root, capsys)
+    assert "view and phase [('3CH', 'ED')]" in refused(drawn_set, broken_root, capsys)
 
 
-def test_label_drawn_elsewhere_is_seen(synthetic, broken_root, tmp_path):
+def test_label_drawn_elsewhere_is_seen(drawn_set, broken_root, tmp_path):
     """Dice falls when the label maps are those of other images."""
     reports = [tmp_path / "right.json", tmp_path / "wrong.json"]
-    assert evaluate(synthetic, broken_root, "--json", reports[0]) == 0
+    assert evaluate(drawn_set, broken_root, "--json", reports[0]) == 0
     for i in range(5):
-        one, other = (synthetic / f"label_maps/{k}.png" for k in (i, 30 + i))
+        one, other = (drawn_set / f"label_maps/{k}.png" for k in (i, 30 + i))
         pixels = one.read_bytes()
         one.write_bytes(other.read_bytes())
         other.write_bytes(pixels)
-    assert evaluate(synthetic, broken_root, "--json", reports[1]) == 0
+    assert evaluate(drawn_set, broken_root, "--json", reports[1]) == 0
     right, wrong = (json.loads(p.read_text())["values"]["2CH-ED"]["dice"] for p in reports)
     assert wrong < right

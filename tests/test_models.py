@@ -11,7 +11,17 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, UNet2DModel
 from safetensors.torch import load_file
 
-from diffecho_utils import DiffEchoError, assets, camus, data, downstream, models, profiles
+from diffecho_utils import (
+    DiffEchoError,
+    assets,
+    backbones,
+    camus,
+    checkpoints,
+    data,
+    downstream,
+    models,
+    profiles,
+)
 from diffecho_utils.training import MODELS
 
 
@@ -20,11 +30,11 @@ def saved(smoke, tmp_path):
     torch.manual_seed(0)
     vae = models.build_autoencoder(smoke)
     unets = [models.build_unconditional(smoke) for _ in camus.CLASSES]
-    models.save([("", vae)], tmp_path / "autoencoder", {"world": "phantom"})
+    checkpoints.save([("", vae)], tmp_path / "autoencoder", {"world": "phantom"})
     parts = [*zip(camus.CLASS_NAMES, unets, strict=True), ("scheduler", models.build_scheduler())]
     training = {"model": "unconditional", "latent_side": 8}
     needs = {"autoencoder": tmp_path / "autoencoder"}
-    models.save(parts, tmp_path / "unconditional", training, needs)
+    checkpoints.save(parts, tmp_path / "unconditional", training, needs)
     return tmp_path, vae, unets
 
 
@@ -32,7 +42,7 @@ def test_stock_diffusers_loads_the_folders(saved):
     root, vae, unets = saved
     stock = AutoencoderKL.from_pretrained(root / "autoencoder", local_files_only=True)
     assert models.count_parameters(stock) == models.count_parameters(vae)
-    stored = load_file(root / "autoencoder" / models.WEIGHTS)
+    stored = load_file(root / "autoencoder" / checkpoints.WEIGHTS)
     assert all(tensor.dtype == torch.float16 for tensor in stored.values())
     folder = root / "unconditional" / "4CH-ES"
     stock = UNet2DModel.from_pretrained(folder, local_files_only=True)
@@ -49,57 +59,57 @@ def test_monai_networks_survive_saving(smoke, tmp_path):
         ("sdm", models.build_sdm),
     ):
         network = build(smoke)
-        models.save([("", network)], tmp_path / name, {"side": 64})
-        loaded = models.load_network(tmp_path / name).network
+        checkpoints.save([("", network)], tmp_path / name, {"side": 64})
+        loaded = checkpoints.load_network(tmp_path / name).network
         for key, tensor in network.state_dict().items():
             torch.testing.assert_close(loaded.state_dict()[key], tensor, atol=1e-3, rtol=1e-3)
         config = json.loads((tmp_path / name / "config.json").read_text())
         stock = getattr(monai.networks.nets, config.pop("_class_name"))(**config)
-        stock.load_state_dict(load_file(tmp_path / name / models.WEIGHTS))
+        stock.load_state_dict(load_file(tmp_path / name / checkpoints.WEIGHTS))
 
 
 def test_generator_finds_its_autoencoder(saved):
     root, _, _ = saved
-    generator = models.load_generator(root / "unconditional")
+    generator = checkpoints.load_generator(root / "unconditional")
     assert generator.latent_shape == (4, 8, 8) and not generator.denoiser.training
     assert next(generator.vae.parameters()).dtype == torch.float32
     (root / "autoencoder").rename(root / "elsewhere")
     with pytest.raises(DiffEchoError, match="autoencoder: missing, and .*unconditional needs"):
-        models.load_generator(root / "unconditional")
+        checkpoints.load_generator(root / "unconditional")
     with pytest.raises(DiffEchoError, match="a checkpoint of None, no generator"):
-        models.load_generator(root / "elsewhere")
+        checkpoints.load_generator(root / "elsewhere")
 
 
 def test_another_autoencoder_is_refused(saved, smoke):
     root, _, _ = saved
-    models.save([("", models.build_autoencoder(smoke))], root / "autoencoder", {})
+    checkpoints.save([("", models.build_autoencoder(smoke))], root / "autoencoder", {})
     with pytest.raises(DiffEchoError, match="SHA-256 differs"):
-        models.load_generator(root / "unconditional")
+        checkpoints.load_generator(root / "unconditional")
 
 
 def test_damage_is_named(saved):
     root, _, _ = saved
     folder = root / "autoencoder"
-    weights = folder / models.WEIGHTS
+    weights = folder / checkpoints.WEIGHTS
     whole = weights.read_bytes()
     weights.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(DiffEchoError, match="half-written or missing"):
-        models.load_autoencoder(folder)
+        checkpoints.load_autoencoder(folder)
     weights.unlink()
     with pytest.raises(DiffEchoError, match="half-written or missing"):
-        models.load_autoencoder(folder)
+        checkpoints.load_autoencoder(folder)
     weights.write_bytes(whole)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"latent_channels": 8}))
     with pytest.raises(DiffEchoError, match="different architectures"):
-        models.load_autoencoder(folder)
+        checkpoints.load_autoencoder(folder)
     (folder / "config.json").write_text(json.dumps(config)[:40])
     with pytest.raises(DiffEchoError, match="half-written"):
-        models.load_autoencoder(folder)
+        checkpoints.load_autoencoder(folder)
     with pytest.raises(DiffEchoError, match="holds a UNet2DModel, expected a AutoencoderKL"):
-        models.load_autoencoder(root / "unconditional" / "2CH-ED")
+        checkpoints.load_autoencoder(root / "unconditional" / "2CH-ED")
     with pytest.raises(DiffEchoError, match="no config.json"):
-        models.load_autoencoder(root)
+        checkpoints.load_autoencoder(root)
 
 
 @pytest.mark.parametrize("name", profiles.PROFILES)
@@ -137,7 +147,7 @@ def test_training_curve_joins_what_a_training_went_on_from():
         recipe = {"batch": batch, "accumulation": 1}
         return {"recipes": {"text": recipe}, "log": {"text": log}, "started_from": before}
 
-    curve = models.training_curve(run(2, [0.5], run(8, [3.0, 1.0])), "text")
+    curve = checkpoints.training_curve(run(2, [0.5], run(8, [3.0, 1.0])), "text")
     assert curve["loss"].tolist() == [3.0, 1.0, 0.5]
     assert curve["images"].tolist() == [80, 160, 180]
 
@@ -148,18 +158,18 @@ SHIPPED = sorted((assets.root() / "data" / "checkpoints").glob("*/*"))
 @pytest.mark.parametrize("folder", SHIPPED, ids=lambda f: f"{f.parent.name}-{f.name}")
 def test_shipped_checkpoints_load_and_have_a_card(folder):
     world, model = folder.parent.name, folder.name
-    facts = models.read_training(folder)
+    facts = checkpoints.read_training(folder)
     assert facts["world"] == world and facts["model"] == model
     assert facts["splits"] == ["training"], "a shipped network has seen patients it is tested on"
     card = (folder / "README.md").read_text()
     assert {"camus": "CC BY-NC-SA 4.0", "phantom": "CC0 1.0"}[world] in card
     assert "Not for clinical use" in " ".join(card.split())
     if model in models.GENERATORS:
-        generator = models.load_generator(folder)
+        generator = checkpoints.load_generator(folder)
         assert generator.model == model and generator.latent_shape == (16, 16, 16)
     else:
-        load = {"autoencoder": models.load_autoencoder, "clip": models.load_clip}
-        load.get(model, models.load_network)(folder)
+        load = {"autoencoder": checkpoints.load_autoencoder, "clip": checkpoints.load_clip}
+        load.get(model, checkpoints.load_network)(folder)
 
 
 def test_what_is_shipped():
@@ -179,18 +189,18 @@ SIZES = {
 }
 
 
-@pytest.mark.parametrize("name", models.BACKBONES)
+@pytest.mark.parametrize("name", backbones.BACKBONES)
 def test_classifiers_have_the_published_sizes_without_torchvision(name):
-    assert models.count_parameters(models.Backbone(name, classes=1000)) == SIZES[name]
+    assert models.count_parameters(backbones.Backbone(name, classes=1000)) == SIZES[name]
 
 
 def test_judges_resize_what_they_are_given(smoke, frames, tmp_path):
     """A network trained at one side reads the same frames at twice the side, and answers at theirs."""
     torch.manual_seed(0)
     made = {"side": smoke.side, "stretched": True}
-    models.save([("", models.build_segmenter(smoke))], tmp_path / "s", made)
-    models.save([("", models.build_classifier(smoke))], tmp_path / "c", made)
-    segmenter, classifier = (models.load_network(tmp_path / name) for name in "sc")
+    checkpoints.save([("", models.build_segmenter(smoke))], tmp_path / "s", made)
+    checkpoints.save([("", models.build_classifier(smoke))], tmp_path / "c", made)
+    segmenter, classifier = (checkpoints.load_network(tmp_path / name) for name in "sc")
     assert segmenter.side == smoke.side and segmenter.stretched
     large = data.resized(frames.images, 2 * smoke.side)
     small = data.resized(large, smoke.side)
@@ -205,8 +215,8 @@ def test_a_checkpoint_cut_off_while_it_is_saved_says_so(smoke, tmp_path, monkeyp
     torch.manual_seed(0)
     network, real = models.build_autoencoder(smoke), os.replace
     for last in range(1, 4):
-        models.save([("", network)], tmp_path / "a", {"version": "old"})
-        assert models.read_training(tmp_path / "a")["version"] == "old"
+        checkpoints.save([("", network)], tmp_path / "a", {"version": "old"})
+        assert checkpoints.read_training(tmp_path / "a")["version"] == "old"
         left = [last]
 
         def kill(source, target, left=left):
@@ -218,16 +228,16 @@ def test_a_checkpoint_cut_off_while_it_is_saved_says_so(smoke, tmp_path, monkeyp
         with monkeypatch.context() as patch:
             patch.setattr(os, "replace", kill)
             with pytest.raises(KeyboardInterrupt):
-                models.save([("", network)], tmp_path / "a", {"version": "new"})
+                checkpoints.save([("", network)], tmp_path / "a", {"version": "new"})
         with pytest.raises(DiffEchoError, match="training.json: missing"):
-            models.read_training(tmp_path / "a")
+            checkpoints.read_training(tmp_path / "a")
 
 
 def test_shipped_judges_read_frames_of_any_size(real_root):
     """What they read of real frames does not depend on the side at which those were loaded."""
     rows = camus.select(camus.read_table(real_root), "validation", patients=6)
     segmenter, classifier = (
-        models.load_network(assets.checkpoint("camus", name))
+        checkpoints.load_network(assets.checkpoint("camus", name))
         for name in ("segmenter", "classifier")
     )
     scores = {}

@@ -14,7 +14,11 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from diffecho_utils import DiffEchoError, camus, phantom
+from diffecho_utils import (
+    DiffEchoError,
+    camus,
+    phantom,
+)
 from diffecho_utils.camus import CLASSES, PHASES, SPLITS, VIEWS, frame_path
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "camus"
@@ -298,7 +302,7 @@ def test_a_plain_script_needs_no_main_guard(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
         "print('begin')\nfrom diffecho_utils import profiles\n"
-        "profiles.begin('smoke', '')\nprint('end')\n"
+        "chapter.begin('smoke', '')\nprint('end')\n"
     )
     (tmp_path / "data").mkdir()
     (tmp_path / "_toc.yml").touch()

@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffecho_utils import DiffEchoError, assets, camus, phantom, profiles, releases
+from diffecho_utils import (
+    DiffEchoError,
+    assets,
+    camus,
+    chapter,
+    phantom,
+    releases,
+)
 from diffecho_utils.__main__ import main
 
 SUFFIX = {True: "_gt", False: ""}
@@ -357,7 +364,7 @@ def test_conversion_that_another_process_finished_first_is_used(source, tmp_path
 
 def test_chapters_take_any_form(source, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(assets, "workspace", lambda: tmp_path / "workspace")
-    _, table = profiles.begin("smoke", str(as_hdf5(source, tmp_path / "form")))
+    _, table = chapter.begin("smoke", str(as_hdf5(source, tmp_path / "form")))
     assert len(table) == 16 and "4 patients" in capsys.readouterr().out
 
 

@@ -6,7 +6,14 @@ import re
 import numpy as np
 import pytest
 
-from diffecho_utils import DiffEchoError, assets, camus, profiles, results
+from diffecho_utils import (
+    DiffEchoError,
+    assets,
+    camus,
+    files,
+    profiles,
+    results,
+)
 
 
 def test_record_goes_out_and_comes_back(tmp_path):
@@ -34,8 +41,8 @@ def test_record_goes_out_and_comes_back(tmp_path):
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
-    results.write_text(tmp_path / "note.txt", "old")
-    with pytest.raises(OSError, match="disk"), results.draft(tmp_path / "note.txt") as beside:
+    files.write_text(tmp_path / "note.txt", "old")
+    with pytest.raises(OSError, match="disk"), files.draft(tmp_path / "note.txt") as beside:
         beside.write_text("ne")
         raise OSError("the disk is full")
     assert (tmp_path / "note.txt").read_text() == "old"

@@ -19,7 +19,17 @@ from diffusers import (
 )
 from PIL import Image
 
-from diffecho_utils import DiffEchoError, assets, camus, downstream, models, results, sampling
+from diffecho_utils import (
+    DiffEchoError,
+    assets,
+    camus,
+    checkpoints,
+    downstream,
+    models,
+    results,
+    sampling,
+    synthetic,
+)
 from diffecho_utils.__main__ import main
 
 
@@ -29,19 +39,19 @@ def generator(smoke):
     vae = models.build_autoencoder(smoke).eval()
     denoiser = models.Unconditional([models.build_unconditional(smoke) for _ in camus.CLASSES])
     scheduler = models.build_scheduler()
-    return models.Generator("unconditional", denoiser.eval(), scheduler, vae, (4, 8, 8))
+    return checkpoints.Generator("unconditional", denoiser.eval(), scheduler, vae, (4, 8, 8))
 
 
 @pytest.fixture(scope="module")
 def checkpoint(generator, tmp_path_factory):
     """The generator as `train` would have left it, for the command line."""
     folder = tmp_path_factory.mktemp("checkpoints")
-    models.save([("", generator.vae)], folder / "autoencoder", {"model": "autoencoder"})
+    checkpoints.save([("", generator.vae)], folder / "autoencoder", {"model": "autoencoder"})
     parts = list(zip(camus.CLASS_NAMES, generator.denoiser.unets, strict=True))
     facts = {"model": "unconditional", "latent_side": 8, "world": "phantom", "profile": "smoke"}
     needs = {"autoencoder": folder / "autoencoder"}
     scheduler = ("scheduler", generator.scheduler)
-    models.save([*parts, scheduler], folder / "unconditional", facts, needs)
+    checkpoints.save([*parts, scheduler], folder / "unconditional", facts, needs)
     return folder / "unconditional"
 
 
@@ -53,7 +63,7 @@ def sdm(smoke):
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.1)
     denoiser = models.SemanticDiffusion(unet)
-    return models.Generator("sdm", denoiser, models.build_scheduler(), vae, (4, 8, 8))
+    return checkpoints.Generator("sdm", denoiser, models.build_scheduler(), vae, (4, 8, 8))
 
 
 def pixels(folder):
@@ -62,8 +72,8 @@ def pixels(folder):
 
 
 def write(generator, folder, count, steps, **settings):
-    return sampling.write_synthetic(
-        generator, folder, *sampling.plan("unconditional", count), steps, **settings
+    return synthetic.write(
+        generator, folder, *synthetic.plan("unconditional", count), steps, **settings
     )
 
 
@@ -159,7 +169,7 @@ def test_class_changes_the_image(generator):
 def test_synthetic_set_resumes_to_the_same_files(generator, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     table = write(generator, whole, 2, 2, seed=3, batch=3)
-    assert list(table.columns) == sampling.METADATA and len(table) == 8
+    assert list(table.columns) == synthetic.METADATA and len(table) == 8
     assert table.groupby(["view", "phase"]).size().to_dict() == dict.fromkeys(camus.CLASSES, 2)
     assert table["seed"].tolist() == list(range(3, 11))
 
@@ -171,7 +181,7 @@ def test_synthetic_set_resumes_to_the_same_files(generator, tmp_path):
         write(generator, parts, 2, 2, seed=3, batch=3, progress=killed)
     assert not (parts / "metadata.csv").exists() and len(list((parts / "images").iterdir())) == 3
     with pytest.raises(DiffEchoError, match="run it again to finish"):
-        sampling.read_synthetic(parts, 64)
+        synthetic.read(parts, 64)
     write(generator, parts, 2, 2, seed=3, batch=3)
     names = sorted(p.name for p in (whole / "images").iterdir())
     assert names == sorted(p.name for p in (parts / "images").iterdir()) and len(names) == 8
@@ -250,12 +260,12 @@ def test_datasets_reads_the_image_folder(generator, tmp_path, monkeypatch):
 def test_shipped_sets_are_whole_and_drawn_by_the_shipped_generators(world):
     """The first image of each set is drawn again; a grey level is what another machine may differ by."""
     folder = assets.root() / "data" / "synthetic" / world / "text-seg"
-    images, table = sampling.read_synthetic(folder, 128)
-    maps, settings = sampling.read_label_maps(folder, table, 128), sampling.read_settings(folder)
+    images, table = synthetic.read(folder, 128)
+    maps, settings = synthetic.read_label_maps(folder, table, 128), synthetic.read_settings(folder)
     assert camus.class_index(table).tolist() == sorted(camus.class_index(table).tolist())
     assert len(images) == len(maps) >= 100 and set(maps.unique().tolist()) == {0, 1, 2, 3}
-    generator = models.load_generator(assets.checkpoint(world, "text-seg"))
-    assert settings["generator"] == sampling.digest(generator) and settings["world"] == world
+    generator = checkpoints.load_generator(assets.checkpoint(world, "text-seg"))
+    assert settings["generator"] == synthetic.digest(generator) and settings["world"] == world
     again = sampling.sample(
         generator,
         table["seed"][:1],
@@ -306,7 +316,7 @@ def test_label_maps_of_the_first_patients_only(phantom_root, tmp_path, capsys):
         np.asarray(Image.open(path)) for path in sorted((tmp_path / "set/label_maps").iterdir())
     ]
     assert len(maps) == 8 and all((maps[i] == maps[i + 1]).all() for i in range(0, 8, 2))
-    assert sampling.read_settings(tmp_path / "set")["masks_patients"] == 1
+    assert synthetic.read_settings(tmp_path / "set")["masks_patients"] == 1
     assert main([*command, "99", "--out", str(tmp_path / "none")]) == 1
     assert "99 were asked for" in capsys.readouterr().err and not (tmp_path / "none").exists()
 
@@ -354,25 +364,25 @@ def test_a_process_draws_its_share_only(generator, tmp_path, monkeypatch):
 
 def test_bad_synthetic_sets_are_named(generator, tmp_path):
     write(generator, tmp_path, 1, 2)
-    images, table = sampling.read_synthetic(tmp_path, 32)
+    images, table = synthetic.read(tmp_path, 32)
     assert images.shape == (4, 1, 32, 32) and len(table) == 4
-    assert sampling.read_synthetic(tmp_path)[0].shape[-1] == sampling.own_side(tmp_path) == 64
+    assert synthetic.read(tmp_path)[0].shape[-1] == synthetic.own_side(tmp_path) == 64
     with pytest.raises(DiffEchoError, match="images of 64 px, and 128 px are asked for"):
-        sampling.read_synthetic(tmp_path, 128)
+        synthetic.read(tmp_path, 128)
     path = tmp_path / table["file_name"][1]
     whole = path.read_bytes()
     Image.open(path).convert("RGB").save(path)
     with pytest.raises(DiffEchoError, match="mode RGB"):
-        sampling.read_synthetic(tmp_path, 64)
+        synthetic.read(tmp_path, 64)
     path.write_bytes(whole[:60])
     with pytest.raises(DiffEchoError, match="unreadable"):
-        sampling.read_synthetic(tmp_path, 64)
+        synthetic.read(tmp_path, 64)
     path.unlink()
     with pytest.raises(DiffEchoError, match="000001.png"):
-        sampling.read_synthetic(tmp_path, 64)
+        synthetic.read(tmp_path, 64)
     (tmp_path / "metadata.csv").write_text("file_name\n")
     with pytest.raises(DiffEchoError, match="lacks the columns"):
-        sampling.read_synthetic(tmp_path, 64)
+        synthetic.read(tmp_path, 64)
 
 
 def test_command_line_from_training_to_evaluation(broken_root, tmp_path, capsys):
@@ -426,20 +436,20 @@ def test_records_name_the_whole_command(phantom_root, tmp_path, monkeypatch):
 
 def test_label_maps_and_prompts_of_a_set(sdm, frames, tmp_path):
     """The SDM's set holds the label maps it drew to, class by class; text models' hold their prompts."""
-    table, masks = sampling.plan("sdm", 12, frames)
+    table, masks = synthetic.plan("sdm", 12, frames)
     assert len(table) == 48 and (table["prompt"] == "").all()
-    written = sampling.write_synthetic(sdm, tmp_path, table[:3], masks[:3], 2)
+    written = synthetic.write(sdm, tmp_path, table[:3], masks[:3], 2)
     for name, mask in zip(written["label_map"], masks, strict=False):
         assert (torch.from_numpy(np.array(Image.open(tmp_path / name))) == mask).all()
     with pytest.raises(DiffEchoError, match="other settings"):
-        sampling.write_synthetic(sdm, tmp_path, table[:3], masks[1:4], 2)
+        synthetic.write(sdm, tmp_path, table[:3], masks[1:4], 2)
     with pytest.raises(DiffEchoError, match="needs label maps"):
-        sampling.plan("text-seg", 2)
+        synthetic.plan("text-seg", 2)
     with pytest.raises(DiffEchoError, match="no label map of class 2CH-ES"):
-        sampling.plan("sdm", 2, frames.where(frames.table["phase"] == "ED"))
+        synthetic.plan("sdm", 2, frames.where(frames.table["phase"] == "ED"))
     with pytest.raises(DiffEchoError, match=r"label maps of \(32, 32\) pixels"):
         sampling.sample(sdm, [0], 2, masks=masks[:1, ::2, ::2])
-    prompts, _ = sampling.plan("text", 2, template="paper")
+    prompts, _ = synthetic.plan("text", 2, template="paper")
     assert "four-chamber" in prompts["prompt"].iloc[-1] and "es phase" in prompts["prompt"].iloc[-1]
 
 
@@ -447,6 +457,6 @@ def test_shipped_dials_are_the_measured_ones():
     """Strength and guidance in the checkpoints are those that benchmarks/strength.py chose."""
     chosen = results.load(assets.record("camus", "cpu", "strength"))["values"]["chosen"]
     folders = {name: assets.checkpoint("camus", name) for name in ("text-seg", "sdm")}
-    shipped = {name: models.load_generator(folder) for name, folder in folders.items()}
+    shipped = {name: checkpoints.load_generator(folder) for name, folder in folders.items()}
     assert shipped["text-seg"].denoiser.strength == chosen["text-seg"]
     assert shipped["sdm"].guidance == chosen["sdm"]

@@ -11,7 +11,20 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from diffecho_utils import DiffEchoError, assets, camus, data, models, sampling, training
+from diffecho_utils import (
+    DiffEchoError,
+    assets,
+    camus,
+    chapter,
+    checkpoints,
+    data,
+    files,
+    models,
+    objectives,
+    sampling,
+    synthetic,
+    training,
+)
 from diffecho_utils.profiles import Recipe
 
 RECIPE = Recipe(steps=6, batch=4, learning_rate=1e-3, warmup=2, ema=0.9, save_every=2)
@@ -20,7 +33,7 @@ RECIPE = Recipe(steps=6, batch=4, learning_rate=1e-3, warmup=2, ema=0.9, save_ev
 def diffusion(smoke, seed=0):
     torch.manual_seed(seed)
     denoiser = models.Unconditional([models.build_unconditional(smoke)])
-    return training.DiffusionObjective(denoiser, models.build_scheduler())
+    return objectives.DiffusionObjective(denoiser, models.build_scheduler())
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +87,7 @@ def test_gan_stage_resumes_too_and_leaves_the_encoder_alone(smoke, frames, tmp_p
     def objective():
         torch.manual_seed(0)
         vae, discriminator = models.build_autoencoder(smoke), models.build_discriminator((8, 8))
-        return training.TextureObjective(vae, discriminator, 32)
+        return objectives.TextureObjective(vae, discriminator, 32)
 
     before = weights(objective())
     whole, parts = objective(), objective()
@@ -141,7 +154,7 @@ from diffecho_utils.profiles import Recipe
 torch.set_num_threads(1)
 torch.manual_seed(0)
 denoiser = models.Unconditional([models.build_unconditional(profiles.get("smoke"))])
-objective = training.DiffusionObjective(denoiser, models.build_scheduler())
+objective = objectives.DiffusionObjective(denoiser, models.build_scheduler())
 recipe = Recipe(steps=6, batch=int(sys.argv[2]), learning_rate=1e-3, warmup=2, ema=0.9)
 training.fit(objective, load_file(sys.argv[1]), recipe, None, progress=str)
 from accelerate import PartialState
@@ -184,7 +197,7 @@ def test_two_processes_train_what_one_with_twice_the_batch_does(smoke, latents, 
 
 def test_loss_falls(smoke, frames):
     torch.manual_seed(0)
-    objective = training.ReconstructionObjective(models.build_autoencoder(smoke), 32)
+    objective = objectives.ReconstructionObjective(models.build_autoencoder(smoke), 32)
     recipe = replace(RECIPE, steps=60, learning_rate=2e-2, batch=8)
     log = training.fit(objective, {"images": frames.images}, recipe, None, progress=str)
     assert log["loss"].iloc[-3:].mean() < 0.8 * log["loss"].iloc[:3].mean()
@@ -291,7 +304,7 @@ def test_interrupted_save_leaves_the_previous_state(smoke, latents, tmp_path, mo
         path.write_bytes(good[:1000])
         raise failure
 
-    monkeypatch.setattr(data, "save_file", half)
+    monkeypatch.setattr(files, "save_file", half)
     with pytest.raises(OSError, match="(?i)no space left"):
         training.fit(diffusion(smoke), latents, RECIPE, tmp_path / "s", progress=str)
     assert (tmp_path / "s").read_bytes() == good
@@ -318,21 +331,23 @@ def trained(smoke, frames, tmp_path_factory):
 
 
 def test_every_model_trains_and_says_how(trained, frames):
-    vae = models.load_autoencoder(trained["autoencoder"])
+    vae = checkpoints.load_autoencoder(trained["autoencoder"])
     assert data.encode(vae, frames.images).std().item() == pytest.approx(1, rel=0.05)
     for model, folder in trained.items():
-        facts = models.read_training(folder)
+        facts = checkpoints.read_training(folder)
         assert facts["model"] == model and facts["world"] == "phantom" and facts["frames"] == 40
         assert set(facts["needs"]) == set(training.MODELS[model])
         assert all(rows[-1]["step"] == 4 for rows in facts["log"].values())
-    assert set(models.read_training(trained["unconditional"])["recipes"]) == set(camus.CLASS_NAMES)
+    assert set(checkpoints.read_training(trained["unconditional"])["recipes"]) == set(
+        camus.CLASS_NAMES
+    )
 
 
 @pytest.mark.parametrize("model", models.GENERATORS)
 def test_every_generator_samples_what_it_is_told(trained, frames, model):
-    generator = models.load_generator(trained[model])
+    generator = checkpoints.load_generator(trained[model])
     assert generator.latent_shape == (4, 8, 8) and not generator.denoiser.training
-    table, masks = sampling.plan(model, 1, frames)
+    table, masks = synthetic.plan(model, 1, frames)
     given = {"classes": range(4), "prompts": table["prompt"].tolist(), "masks": masks}
     given = {name: given[name] for name in sampling.CONDITIONS[model]}
     guidance = 1 if model == "unconditional" else 2
@@ -344,7 +359,7 @@ def test_every_generator_samples_what_it_is_told(trained, frames, model):
 
 
 def test_text_model_stays_frozen_under_its_controlnet(trained):
-    text, both = (models.load_generator(trained[name]) for name in ("text", "text-seg"))
+    text, both = (checkpoints.load_generator(trained[name]) for name in ("text", "text-seg"))
     for name, tensor in text.denoiser.unet.state_dict().items():
         assert torch.equal(tensor, both.denoiser.unet.state_dict()[name]), name
     moved = both.denoiser.controlnet.controlnet_mid_block.weight.abs().max()
@@ -363,12 +378,14 @@ def test_conditions_are_dropped_for_guidance(smoke):
     states = torch.arange(3.0).view(3, 1, 1)
     for dropout, rows in ((1.0, {0.0}), (0.0, {1.0, 2.0})):
         recorder = Recorder()
-        objective = training.DiffusionObjective(recorder, models.build_scheduler(), states, dropout)
+        objective = objectives.DiffusionObjective(
+            recorder, models.build_scheduler(), states, dropout
+        )
         drawn = objective.draw(batch, torch.Generator().manual_seed(0))
         objective(**batch, **drawn)
         assert set(recorder.given["text"].flatten().tolist()) <= rows
     masks = {"latents": batch["latents"], "masks": torch.ones(3, 64, 64, dtype=torch.uint8)}
-    objective = training.DiffusionObjective(recorder, models.build_scheduler(), dropout=1.0)
+    objective = objectives.DiffusionObjective(recorder, models.build_scheduler(), dropout=1.0)
     objective(**masks, **objective.draw(masks, torch.Generator().manual_seed(0)))
     assert recorder.given["unlabelled"].all()
 
@@ -381,8 +398,10 @@ def test_min_snr_weighs_as_published(smoke):
     latents, noise = torch.randn(2, 2, 4, 8, 8).unbind(0)
     for t in (10, 500, 990):
         drawn = dict(noise=noise, timesteps=torch.full((2,), t), dropped=torch.zeros(2, dtype=bool))
-        plain, _ = training.DiffusionObjective(unet, scheduler)(latents, **drawn)
-        weighted, _ = training.DiffusionObjective(unet, scheduler, snr_gamma=5.0)(latents, **drawn)
+        plain, _ = objectives.DiffusionObjective(unet, scheduler)(latents, **drawn)
+        weighted, _ = objectives.DiffusionObjective(unet, scheduler, snr_gamma=5.0)(
+            latents, **drawn
+        )
         alpha_bar = scheduler.alphas_cumprod[t]
         snr = alpha_bar / (1 - alpha_bar)
         torch.testing.assert_close(weighted / plain, snr.clamp(max=5.0) / (snr + 1))
@@ -403,24 +422,24 @@ def test_missing_and_foreign_parts_are_named(smoke, frames, trained, tmp_path):
 
 def test_start_and_minutes(smoke, frames, trained, tmp_path):
     """Fine-tuning begins at the checkpoint's loss; a time budget becomes a number of steps."""
-    before = models.load_network(trained["segmenter"]).state_dict()
+    before = checkpoints.load_network(trained["segmenter"]).state_dict()
     frozen = replace(smoke, segmentation=replace(smoke.segmentation, learning_rate=0.0))
     training.train(
         "segmenter", frames, frozen, tmp_path / "a", start=trained["segmenter"], progress=str
     )
-    after = models.load_network(tmp_path / "a").state_dict()
+    after = checkpoints.load_network(tmp_path / "a").state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert models.read_training(tmp_path / "a")["started_from"]["model"] == "segmenter"
+    assert checkpoints.read_training(tmp_path / "a")["started_from"]["model"] == "segmenter"
     text = {"text": trained["text"]}
     frozen = replace(smoke, text_seg=replace(smoke.text_seg, learning_rate=0.0))
     start = {"needs": text, "start": trained["text-seg"], "progress": str}
     training.train("text-seg", frames, frozen, tmp_path / "c", **start)
-    before, after = (models.load_generator(f) for f in (trained["text-seg"], tmp_path / "c"))
+    before, after = (checkpoints.load_generator(f) for f in (trained["text-seg"], tmp_path / "c"))
     after = after.denoiser.state_dict()
     assert all(torch.equal(t, after[name]) for name, t in before.denoiser.state_dict().items())
     said, long = [], replace(smoke, segmentation=replace(smoke.segmentation, steps=100_000))
     training.train("segmenter", frames, long, tmp_path / "b", minutes=0.05, progress=said.append)
-    steps = models.read_training(tmp_path / "b")["recipes"]["segmenter"]["steps"]
+    steps = checkpoints.read_training(tmp_path / "b")["recipes"]["segmenter"]["steps"]
     assert said[0] == f"segmenter: {steps} steps fit in 0.05 minutes" and steps < 100_000
     said.clear()
     again = {"minutes": 5.0, "progress": said.append}
@@ -435,7 +454,9 @@ def test_start_counts_for_each_network_once(smoke, frames, trained, tmp_path):
     training.train(
         "autoencoder", frames, moving, tmp_path / "a", start=trained["autoencoder"], progress=str
     )
-    before, after = (models.load_autoencoder(f) for f in (trained["autoencoder"], tmp_path / "a"))
+    before, after = (
+        checkpoints.load_autoencoder(f) for f in (trained["autoencoder"], tmp_path / "a")
+    )
     moved = (
         after.state_dict()["decoder.conv_in.weight"] - before.state_dict()["decoder.conv_in.weight"]
     )
@@ -444,7 +465,9 @@ def test_start_counts_for_each_network_once(smoke, frames, trained, tmp_path):
     needs = {"autoencoder": trained["autoencoder"]}
     start = {"needs": needs, "start": trained["unconditional"], "progress": str}
     training.train("unconditional", frames, frozen, tmp_path / "u", **start)
-    before, after = (models.load_generator(f) for f in (trained["unconditional"], tmp_path / "u"))
+    before, after = (
+        checkpoints.load_generator(f) for f in (trained["unconditional"], tmp_path / "u")
+    )
     after = after.denoiser.state_dict()
     assert all(torch.equal(t, after[name]) for name, t in before.denoiser.state_dict().items())
 
@@ -454,7 +477,7 @@ def test_pixels_instead_of_latents_as_the_paper_does(smoke, frames, tmp_path):
     recipe = replace(smoke.unconditional, prediction="epsilon")
     pixels = replace(smoke, unconditional_pixels=32, unconditional=recipe)
     training.train("unconditional", frames, pixels, tmp_path / "u", progress=str)
-    generator = models.load_generator(tmp_path / "u")
+    generator = checkpoints.load_generator(tmp_path / "u")
     assert generator.vae is None and generator.latent_shape == (1, 32, 32)
     assert generator.scheduler.config.prediction_type == "epsilon"
     images = sampling.sample(generator, range(4), 3, classes=range(4))
@@ -491,15 +514,15 @@ def test_chapters_train_from_scratch_once(smoke, phantom_root, tmp_path, monkeyp
     """On the shipped autoencoder, whatever the profile's side; the second call only names the folder."""
     monkeypatch.setattr(assets, "workspace", lambda: tmp_path)
     table, said = camus.read_table(phantom_root), []
-    folder = training.from_scratch("sdm", table, smoke, progress=said.append)
+    folder = chapter.from_scratch("sdm", table, smoke, progress=said.append)
     assert folder.match("trained/phantom-smoke-*/sdm") and said
-    generator = models.load_generator(folder)
-    shipped = models.load_generator(assets.checkpoint("camus", "sdm"))
+    generator = checkpoints.load_generator(folder)
+    shipped = checkpoints.load_generator(assets.checkpoint("camus", "sdm"))
     assert generator.latent_shape == shipped.latent_shape
-    made = models.read_training(folder)
+    made = checkpoints.read_training(folder)
     assert made["world"] == "phantom" and made["patients"] == 6 and made["profile"] == "smoke"
     said.clear()
-    assert training.from_scratch("sdm", table, smoke, progress=said.append) == folder
+    assert chapter.from_scratch("sdm", table, smoke, progress=said.append) == folder
     assert not said
 
 
@@ -519,7 +542,9 @@ def test_start_counts_for_networks_that_have_no_state_yet(smoke, frames, trained
         training.train("unconditional", frames, frozen, tmp_path / "u", progress=stop, **run)
     training.train("unconditional", frames, frozen, tmp_path / "u", progress=said.append, **run)
     assert any("resumed at step 4 of 4" in line for line in said)
-    before, after = (models.load_generator(f) for f in (trained["unconditional"], tmp_path / "u"))
+    before, after = (
+        checkpoints.load_generator(f) for f in (trained["unconditional"], tmp_path / "u")
+    )
     after = after.denoiser.state_dict()
     assert all(torch.equal(t, after[name]) for name, t in before.denoiser.state_dict().items())
 
@@ -556,27 +581,29 @@ def test_a_run_goes_on_only_with_what_it_was_made_from(smoke, frames, trained, t
     for name, (given, changed) in cases.items():
         with pytest.raises(DiffEchoError, match=f"another {name} "):
             training.train("sdm", given, smoke, folder, **run | changed)
-    models.save([("", models.load_autoencoder(autoencoder))], autoencoder, {"made": "anew"})
-    weights = load_file(autoencoder / models.WEIGHTS)
+    checkpoints.save(
+        [("", checkpoints.load_autoencoder(autoencoder))], autoencoder, {"made": "anew"}
+    )
+    weights = load_file(autoencoder / checkpoints.WEIGHTS)
     weights["decoder.conv_in.bias"] += 1
-    save_file(weights, autoencoder / models.WEIGHTS)
+    save_file(weights, autoencoder / checkpoints.WEIGHTS)
     with pytest.raises(DiffEchoError, match="another autoencoder "):
         training.train("sdm", frames, smoke, folder, **run)
     assert (folder / "state" / "sdm.safetensors").read_bytes() == whole
     training.train("sdm", frames, smoke, folder, **run | {"seed": 1, "restart": True})
-    assert models.read_training(folder)["seed"] == 1
+    assert checkpoints.read_training(folder)["seed"] == 1
 
 
 def test_classes_without_frames_are_left_out(smoke, frames, trained, tmp_path):
     one_view = frames.where(frames.table["view"] == "4CH")
     needs = {"autoencoder": trained["autoencoder"]}
     training.train("unconditional", one_view, smoke, tmp_path, needs=needs, progress=str)
-    generator = models.load_generator(tmp_path)
+    generator = checkpoints.load_generator(tmp_path)
     assert generator.classes == (2, 3)
     assert sampling.sample(generator, [0, 1], 2, classes=[2, 3]).shape == (2, 1, 64, 64)
     with pytest.raises(DiffEchoError, match="trained without frames of 2CH-ED"):
         sampling.sample(generator, [0], 2, classes=[0])
-    table, _ = sampling.plan("unconditional", 2, classes=generator.classes)
+    table, _ = synthetic.plan("unconditional", 2, classes=generator.classes)
     assert table["view"].tolist() == ["4CH"] * 4
 
 
@@ -596,7 +623,7 @@ def test_precision_is_the_recipe_s_and_not_the_environment_s(smoke, latents, tmp
 
 
 def test_processes_are_recorded_and_counted(trained):
-    facts = models.read_training(trained["sdm"])
+    facts = checkpoints.read_training(trained["sdm"])
     assert facts["processes"] == 1 and facts["side"] == 64
-    one, four = (models.training_curve(facts | {"processes": n}, "sdm") for n in (1, 4))
+    one, four = (checkpoints.training_curve(facts | {"processes": n}, "sdm") for n in (1, 4))
     assert (four["images"] == 4 * one["images"]).all()

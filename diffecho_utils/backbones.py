@@ -1,0 +1,95 @@
+"""The paper's five classifiers, for grey images.
+
+Chapter 10. Built of MONAI's networks, and of torch's layers for VGG, which MONAI does not have; torchvision's
+own with ImageNet's weights where it is importable.
+"""
+
+import torch
+from monai.networks import nets
+from torch import nn
+
+from diffecho_utils import DiffEchoError
+
+BACKBONES = ("resnet18", "resnet50", "vgg16", "vgg19", "efficientnet-b0")  # the paper's classifiers
+
+
+_VGG = {"vgg16": (2, 2, 3, 3, 3), "vgg19": (2, 2, 4, 4, 4)}  # convolutions of each block
+
+
+class Backbone(nn.Module):
+    """One of `BACKBONES` for grey images: (N, 1, H, W) in [-1, 1] -> (N, classes) logits.
+
+    The grey channel is given three times, scaled as ImageNet's were. Built of MONAI's networks, and
+    of torch's layers for VGG, which MONAI does not have; `pretrained`: torchvision's network with
+    its ImageNet weights, for machines that have torchvision. Raises DiffEchoError for a name that
+    is none of them, and where torchvision is asked for and missing.
+    """
+
+    def __init__(self, name, classes=4, pretrained=False):
+        super().__init__()
+        if name not in BACKBONES:
+            raise DiffEchoError(f"no classifier {name!r}; choose one of {', '.join(BACKBONES)}")
+        self.network = _torchvision(name, classes) if pretrained else _untrained(name, classes)
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1))
+        self.register_buffer("scale", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1))
+
+    def forward(self, images):
+        return self.network(((images + 1) / 2 - self.mean) / self.scale)
+
+    def freeze_all_but(self, parameters):
+        """Leave the last layers trainable, so many that they have at least `parameters` weights."""
+        left = parameters
+        for weights in reversed(list(self.network.parameters())):
+            weights.requires_grad_(left > 0)
+            left -= weights.numel()
+
+
+def _untrained(name, classes):
+    if name.startswith("resnet"):
+        settings = {"shortcut_type": "B", "bias_downsample": False, "conv1_t_stride": 2}
+        build = getattr(nets, name)
+        return build(spatial_dims=2, n_input_channels=3, num_classes=classes, **settings)
+    if name == "efficientnet-b0":
+        network = nets.EfficientNetBN(
+            name, pretrained=False, spatial_dims=2, in_channels=3, num_classes=classes
+        )
+        for layer in network.modules():
+            if isinstance(layer, nn.BatchNorm2d):
+                layer.momentum = 0.1  # 0.01 would need thousands of steps
+        return network
+    layers, channels = [], 3
+    for convolutions, width in zip(_VGG[name], (64, 128, 256, 512, 512), strict=True):
+        for _ in range(convolutions):
+            layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU(inplace=True)]
+            # Without normalisation the signal dies on its way through torch's own start (He et al. 2015)
+            nn.init.kaiming_normal_(layers[-2].weight, mode="fan_out", nonlinearity="relu")
+            nn.init.zeros_(layers[-2].bias)
+            channels = width
+        layers.append(nn.MaxPool2d(2, 2))
+    head = []
+    for inputs in (512 * 7 * 7, 4096):
+        head += [nn.Linear(inputs, 4096), nn.ReLU(inplace=True), nn.Dropout()]
+    network = nn.Sequential()  # torchvision's names, so that its weights fit
+    network.add_module("features", nn.Sequential(*layers))
+    network.add_module("avgpool", nn.AdaptiveAvgPool2d(7))
+    network.add_module("flatten", nn.Flatten())
+    network.add_module("classifier", nn.Sequential(*head, nn.Linear(4096, classes)))
+    return network
+
+
+def _torchvision(name, classes):
+    try:
+        from torchvision import models as theirs
+    except (ImportError, RuntimeError) as error:  # RuntimeError: built for another torch
+        raise DiffEchoError(
+            f"ImageNet weights need torchvision, which cannot be imported ({error}); install it, or "
+            "train from scratch"
+        ) from None
+    network = theirs.get_model(name.replace("-", "_"), weights="DEFAULT")
+    last = network.fc if hasattr(network, "fc") else network.classifier[-1]
+    head = nn.Linear(last.in_features, classes)
+    if hasattr(network, "fc"):
+        network.fc = head
+    else:
+        network.classifier[-1] = head
+    return network
