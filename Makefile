@@ -9,7 +9,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
 INSTALLED := .venv/.installed
 
-.PHONY: help book pdf course test bench lab check clean distclean
+.PHONY: help book pdf course test bench registry lab check clean distclean
 
 help:
 	@echo "make book       execute the chapters and build the pages (DATA=folder, PROFILE=smoke|cpu|gpu|paper)"
@@ -19,17 +19,18 @@ help:
 	@echo "make test       run the tests"
 	@echo "make bench      time the phantom and the training loop against the usual shape"
 	@echo "make lab        open the chapters in JupyterLab"
+	@echo "make registry   renew the list of shipped files, after a change under data/"
 	@echo "make check      format, lint and spelling"
 	@echo "make clean      remove what was built; make distclean removes .venv too"
 
 book: $(INSTALLED)
-	$(BIN)/python -m diffecho_utils book --profile "$(PROFILE)" $(if $(DATA),--data "$(DATA)")
+	$(BIN)/python book/tools/build.py --profile "$(PROFILE)" $(if $(DATA),--data "$(DATA)")
 
 pdf: $(INSTALLED)
-	$(BIN)/python -m diffecho_utils book --pdf --profile "$(PROFILE)" $(if $(DATA),--data "$(DATA)")
+	$(BIN)/python book/tools/build.py --pdf --profile "$(PROFILE)" $(if $(DATA),--data "$(DATA)")
 
 course: $(INSTALLED)
-	$(BIN)/python -m diffecho_utils course $(if $(REVISION),--revision "$(REVISION)")
+	$(BIN)/python book/tools/course.py $(if $(REVISION),--revision "$(REVISION)")
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
@@ -37,6 +38,9 @@ test: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/phantom_speed.py
 	$(BIN)/python benchmarks/training_speed.py
+
+registry: $(INSTALLED)
+	$(BIN)/python book/tools/registry.py
 
 lab: $(INSTALLED)
 	$(BIN)/jupyter lab notebooks

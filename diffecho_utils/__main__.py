@@ -22,11 +22,20 @@ def main(arguments=None):
     arguments = list(map(str, sys.argv[1:] if arguments is None else arguments))
     options = _parser().parse_args(arguments)
     options.line = _line(arguments, options)
-    try:
+
+    def run():
         for name in ("data", "masks", "test_data"):
             if getattr(options, name, None):
                 setattr(options, name, _official(getattr(options, name)))
-        return options.run(options) or 0
+        return options.run(options)
+
+    return said(run)
+
+
+def said(run):
+    """Exit status of run(), whose errors of data and disk are said in a line."""
+    try:
+        return run() or 0
     except DiffEchoError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -379,30 +388,6 @@ def downstream_command(options):
         print(f"wrote {options.json}")
 
 
-def book_command(options):
-    from diffecho_utils import book
-
-    index = book.build(
-        options.data,
-        options.profile,
-        chapters=options.chapter,
-        record=options.record,
-        force=options.force,
-        jobs=options.jobs or book.jobs_at_once(),
-    )
-    if options.pdf:
-        print(f"open {book.print_pages(index.parent, index.parent.parent / 'book.pdf')}")
-
-
-def course_command(options):
-    from diffecho_utils import assets, course
-
-    notebooks = sorted((assets.root() / "notebooks").glob("*.ipynb"))
-    out = options.out or assets.workspace() / "course"
-    for folder in course.write(notebooks, out, options.revision):
-        print(f"wrote {len(notebooks)} chapters to {folder}")
-
-
 def _official(path):
     """The folder to read for `--data`, which may be CAMUS in any form."""
     from diffecho_utils import releases
@@ -628,29 +613,6 @@ def _parser():
     sub.add_argument("--seeds", type=_COUNT, default=1, help="so many runs, seeds 0, 1, ...")
     sub.add_argument("--json", type=Path, metavar="FILE", help="write the runs as a record")
 
-    sub = command("book", book_command, "execute the chapters and build the pages")
-    sub.add_argument(
-        "--data", type=Path, metavar="ROOT", help="a CAMUS folder; default: the phantom"
-    )
-    sub.add_argument("--profile", default="cpu")
-    sub.add_argument("--chapter", nargs="*", help="only these, e.g. 01_camus_data")
-    sub.add_argument("--record", action="store_true", help="write what is measured to data/results")
-    sub.add_argument(
-        "--force", action="store_true", help="execute chapters that did not change, too"
-    )
-    sub.add_argument("--pdf", action="store_true", help="print the pages into one PDF file, too")
-    sub.add_argument(
-        "--jobs",
-        type=_COUNT,
-        metavar="N",
-        help="so many chapters at the same time; default: as many as suit this machine",
-    )
-
-    sub = command("course", course_command, "copies of the chapters for students and teachers")
-    sub.add_argument("--out", type=Path, metavar="DIR", help="default: _build/course")
-    sub.add_argument(
-        "--revision", metavar="TAG", help="tag or commit that they install; default: this commit"
-    )
     return parser
 
 

@@ -3,10 +3,9 @@
 Every chapter. In a checkout the shipped files lie under `data/`, and what a run makes goes to `_build/`.
 Where the package is installed without one (Colab), pooch fetches a shipped file when it is first asked
 for, from the commit that the package is of, and checks it against the SHA-256 in `registry.txt`. After a
-change under `data/`, `python -m diffecho_utils.assets` writes the registry anew.
+change under `data/`, `make registry` writes it anew.
 """
 
-import hashlib
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -14,11 +13,7 @@ from pathlib import Path
 
 import pooch
 
-from diffecho_utils import (
-    DiffEchoError,
-    __version__,
-    results,
-)
+from diffecho_utils import DiffEchoError, __version__, results
 
 REGISTRY = Path(__file__).with_name("registry.txt")  # lines "path sha256"
 
@@ -144,18 +139,3 @@ def _in_words(error):
     if "does not match the known hash" in text:
         return "what arrived is damaged, or another version (its SHA-256 is not the registered one)"
     return f"not fetched ({text[:200]})"
-
-
-def write_registry(folder, path=REGISTRY):
-    """Write "path sha256" of each file below `folder`, hidden ones left out, to `path`."""
-    folder = Path(folder)
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
-    lines = [
-        f"{p.relative_to(folder).as_posix()} {hashlib.sha256(p.read_bytes()).hexdigest()}\n"
-        for p in files
-    ]
-    files.write_text(path, "".join(lines))
-
-
-if __name__ == "__main__":
-    write_registry(root() / "data")

@@ -26,10 +26,7 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 
-from diffecho_utils import (
-    DiffEchoError,
-    assets,
-)
+from diffecho_utils import DiffEchoError, assets, files
 
 nib.imageglobals.logger.setLevel(logging.ERROR)  # it says once a file what `check` says once a set
 
@@ -458,8 +455,8 @@ def _grey_ranges(table):
     """
     eight_bit = table["eight_bit"].astype(bool)
     others = table["image"][~eight_bit].tolist()
-    files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in others]
-    digest = hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16]
+    stamps = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in others]
+    digest = hashlib.sha256(json.dumps(stamps).encode()).hexdigest()[:16]
     cache = assets.workspace() / "cache" / f"greys-{digest}.json" if len(others) >= _FEW else None
     found = None
     if cache:

@@ -13,11 +13,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 
-from diffecho_utils import (
-    camus,
-    files,
-    prompts,
-)
+from diffecho_utils import camus, files, prompts
 
 _CACHE_VERSION = 3  # raise when the preprocessing below changes
 

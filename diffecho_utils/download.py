@@ -16,11 +16,7 @@ import zipfile
 import zlib
 from pathlib import Path, PurePosixPath
 
-from diffecho_utils import (
-    DiffEchoError,
-    camus,
-    files,
-)
+from diffecho_utils import DiffEchoError, camus, files
 
 _GIRDER = "https://humanheart-project.creatis.insa-lyon.fr/database/api/v1/folder/{}/download"
 URLS = (  # the patients, then the lists; zips made on the fly, their checksums change

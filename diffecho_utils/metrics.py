@@ -19,12 +19,7 @@ from torchmetrics.functional.image import (
 )
 from torchmetrics.image.fid import NoTrainInceptionV3
 
-from diffecho_utils import (
-    DiffEchoError,
-    anatomy,
-    camus,
-    data,
-)
+from diffecho_utils import DiffEchoError, anatomy, camus, data
 
 _MANIFOLD = ("precision", "recall", "density", "coverage")
 _SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # Wang et al. 2003

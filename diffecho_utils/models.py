@@ -181,7 +181,9 @@ def build_tokenizer(texts, size=1000):
     `size` tokens. Of equally frequent pairs the first in the alphabet is taken, so that the same texts always give
     the same tokenizer, which the trainer of Hugging Face's tokenizers does not.
     """
-    pieces = (re.findall(r"[^\W\d_]+|\d|[^\s\w]+", text.lower()) for text in texts)  # as CLIP splits
+    pieces = (
+        re.findall(r"[^\W\d_]+|\d|[^\s\w]+", text.lower()) for text in texts
+    )  # as CLIP splits
     words = Counter(itertools.chain.from_iterable(pieces))
     spelled = {word: [*word[:-1], f"{word[-1]}</w>"] for word in words}
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())

@@ -36,12 +36,7 @@ import nibabel as nib
 import numpy as np
 from PIL import Image
 
-from diffecho_utils import (
-    DiffEchoError,
-    assets,
-    camus,
-    files,
-)
+from diffecho_utils import DiffEchoError, assets, camus, files
 
 _NAMED = r"(patient\d+)_(2CH|4CH)_(ED|ES|(?:half_)?sequence)(_gt)?"
 _BEHIND = r"(?:_0000|_training|_validation|_testing)?"  # of no meaning here

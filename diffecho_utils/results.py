@@ -17,11 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from diffecho_utils import (
-    DiffEchoError,
-    __version__,
-    files,
-)
+from diffecho_utils import DiffEchoError, __version__, files
 
 LICENCES = {"camus": "CC-BY-NC-SA-4.0", "phantom": "CC0-1.0"}
 ROOT = Path(__file__).resolve().parents[1]  # the checkout, or where packages are installed
@@ -49,7 +45,7 @@ def load(path):
     path = Path(path)
     if not path.is_file():
         raise DiffEchoError(
-            f"{path}: no such record; `python -m diffecho_utils book --record` makes it"
+            f"{path}: no such record; `python book/tools/build.py --record` makes it"
         )
     return parse(path.read_bytes(), path)
 

@@ -15,12 +15,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from diffecho_utils import (
-    DiffEchoError,
-    camus,
-    data,
-    prompts,
-)
+from diffecho_utils import DiffEchoError, camus, data, prompts
 
 ALL_CLASSES = tuple(range(len(camus.CLASSES)))
 

@@ -8,11 +8,12 @@ import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import build
 import pytest
 import torch
 from filelock import FileLock
 
-from diffecho_utils import assets, book, camus, data, phantom, profiles, results
+from diffecho_utils import assets, camus, data, phantom, profiles, results
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "camus"
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
@@ -80,7 +81,7 @@ def built():
         if run and note.exists() and note.read_text().startswith(run):
             return Path(note.read_text().removeprefix(run))  # by another worker
         root = REAL if REAL.is_dir() else None
-        folder = book.build(root, "smoke", force=True).parent.parent
+        folder = build.build(root, "smoke", force=True).parent.parent
         note.write_text(f"{run}{folder}")
     return folder
 

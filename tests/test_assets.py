@@ -6,12 +6,9 @@ from http.server import SimpleHTTPRequestHandler
 from pathlib import Path
 
 import pytest
+import registry
 
-from diffecho_utils import (
-    DiffEchoError,
-    assets,
-    checkpoints,
-)
+from diffecho_utils import DiffEchoError, assets, checkpoints
 
 
 @pytest.fixture
@@ -102,9 +99,9 @@ def test_what_is_not_shipped_is_said(away):
 
 def test_registry_lists_what_is_tracked(tmp_path):
     root = assets.root()
-    assets.write_registry(root / "data", tmp_path / "registry.txt")
+    registry.write_registry(root / "data", tmp_path / "registry.txt")
     fresh = (tmp_path / "registry.txt").read_text()
-    advice = "run `python -m diffecho_utils.assets`"
+    advice = "run `make registry`"
     assert assets.REGISTRY.read_text() == fresh, advice
     git = ["git", "-C", str(root), "ls-files", "data"]
     tracked = subprocess.run(git, capture_output=True, text=True).stdout.split()

@@ -776,7 +776,6 @@ NUMBERS = [
     for command, options in {
         "phantom {out}": ["--patients 0", "--patients 2.5", "--seed -1", "--seed 99999999999"],
         "download {out}": ["--patients 0"],
-        "book": ["--jobs 0"],
         "train sdm --data {out} --out {out}": [
             *("--steps 0", "--batch 0", "--accumulation 0", "--learning-rate nan"),
             *("--learning-rate 0", "--ema 1", "--snr-gamma -5", "--minutes 0", "--minutes inf"),

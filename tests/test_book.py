@@ -14,11 +14,13 @@ import tomllib
 import types
 from pathlib import Path
 
+import build
 import nbformat
+import publish
 import pytest
 import yaml
 
-from diffecho_utils import DiffEchoError, book, profiles, results
+from diffecho_utils import DiffEchoError, profiles, results
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -92,24 +94,24 @@ def project(tmp_path):
 
 
 @pytest.fixture
-def build(project, phantom_root, monkeypatch):
+def make(project, phantom_root, monkeypatch):
     """Builds the project, but for its pages (Sphinx takes long); returns what was executed."""
-    monkeypatch.setattr(book, "_pages", lambda base: base / "html" / "index.html")
+    monkeypatch.setattr(publish, "make_pages", lambda base: base / "html" / "index.html")
     executed = []
-    execute = book._execute
+    execute = build._execute
 
     def counted(chapter, *rest):
         executed.append(chapter.name)
         execute(chapter, *rest)
 
-    monkeypatch.setattr(book, "_execute", counted)
+    monkeypatch.setattr(build, "_execute", counted)
 
-    def build(root=project, data=phantom_root, **options):
+    def make(root=project, data=phantom_root, **options):
         executed.clear()
-        book.build(data, "smoke", root=root, **options)
+        build.build(data, "smoke", root=root, **options)
         return list(executed)
 
-    return build
+    return make
 
 
 @pytest.fixture
@@ -125,7 +127,7 @@ def no_kernel(monkeypatch):
         (Path(parameters["results_dir"]) / f"{source.stem}.json").write_text("{}")
         nbformat.write(notebook, out)
 
-    monkeypatch.setattr(book, "_papermill", execute)
+    monkeypatch.setattr(build, "_papermill", execute)
 
 
 def tree(project):
@@ -145,66 +147,66 @@ def outputs(notebook):
     )
 
 
-def test_only_what_changed_is_executed_again(project, build, no_kernel, broken_root):
-    build = functools.partial(build, data=broken_root)
+def test_only_what_changed_is_executed_again(project, make, no_kernel, broken_root):
+    make = functools.partial(make, data=broken_root)
     both = ["01_first", "02_second"]
-    assert build() == both
-    assert build() == []
+    assert make() == both
+    assert make() == []
     edit(project / "diffecho_utils" / "shared.py", "1", "7")
-    assert build() == both, "the package changed"
+    assert make() == both, "the package changed"
     edit(project / "notebooks" / "02_second.ipynb", "# 02_second", "# New prose")
-    assert build() == [], "prose needs no execution"
+    assert make() == [], "prose needs no execution"
     assert page(project, "02_second").cells[0].source == "# New prose"
     edit(
         project / "notebooks" / "02_second.ipynb",
         "print(profile_name)",
         "print(profile_name + '!')",
     )
-    assert build() == ["02_second"]
+    assert make() == ["02_second"]
     os.utime(broken_root / "dataset.json")
-    assert build() == []
+    assert make() == []
     (broken_root / "database_nifti" / "patient0001" / "note.txt").write_text("Look again.")
-    assert build() == both, "the data changed"
+    assert make() == both, "the data changed"
     (project / "data").mkdir()
     (project / "data" / "weights").write_text("new")
-    assert build() == both, "a shipped file changed"
-    assert build(force=True, chapters=["02_second"]) == ["02_second"]
+    assert make() == both, "a shipped file changed"
+    assert make(force=True, chapters=["02_second"]) == ["02_second"]
 
 
-def test_a_checkout_that_moved_executes_nothing(project, build, no_kernel, phantom_root, tmp_path):
+def test_a_checkout_that_moved_executes_nothing(project, make, no_kernel, phantom_root, tmp_path):
     (project / "data").mkdir()
     (project / "data" / "weights").write_text("shipped")
     data = project / "_build" / "phantom-smoke"
     shutil.copytree(phantom_root, data)
-    assert build(data=data) == ["01_first", "02_second"]
+    assert make(data=data) == ["01_first", "02_second"]
     moved = tmp_path / "elsewhere" / "copy"
     shutil.copytree(project, moved, copy_function=shutil.copyfile)  # with new times
-    assert build(root=moved, data=moved / "_build" / "phantom-smoke") == []
+    assert make(root=moved, data=moved / "_build" / "phantom-smoke") == []
     assert "solved" in outputs(page(moved, "01_first"))
 
 
-def test_real_data_count_by_names_sizes_and_times(project, build, no_kernel, broken_root, tmp_path):
+def test_real_data_count_by_names_sizes_and_times(project, make, no_kernel, broken_root, tmp_path):
     (broken_root / "dataset.json").unlink()  # then nothing says that they are the phantom's
-    assert build(data=broken_root) == ["01_first", "02_second"]
+    assert make(data=broken_root) == ["01_first", "02_second"]
     moved = broken_root.rename(tmp_path / "another disk")
-    assert build(data=moved) == []
+    assert make(data=moved) == []
     os.utime(next(moved.rglob("*.nii.gz")))
-    assert build(data=moved) == ["01_first", "02_second"]
+    assert make(data=moved) == ["01_first", "02_second"]
 
 
-def test_recording_writes_to_the_checkout_and_does_not_trigger_itself(project, build, no_kernel):
-    build()
+def test_recording_writes_to_the_checkout_and_does_not_trigger_itself(project, make, no_kernel):
+    make()
     assert not (project / "data").exists()
-    assert build(record=True) == ["01_first", "02_second"]
+    assert make(record=True) == ["01_first", "02_second"]
     records = project / "data" / "results" / "phantom" / "smoke"
     assert (records / "01_first.json").exists()
-    assert build(record=True) == []
+    assert make(record=True) == []
     (records / "runs.zip").write_text("made beside the book, and read by its chapters")
-    assert build(record=True) == ["01_first", "02_second"]
+    assert make(record=True) == ["01_first", "02_second"]
 
 
-def test_page_holds_outputs_captions_and_no_machine_path(project, build):
-    build()
+def test_page_holds_outputs_captions_and_no_machine_path(project, make):
+    make()
     first = page(project, "01_first")
     tags = [cell.metadata.get("tags", []) for cell in first.cells]
     assert [tag for tag in tags if "parameters" in tag] and ["injected-parameters"] not in tags
@@ -223,24 +225,24 @@ def test_page_holds_outputs_captions_and_no_machine_path(project, build):
     assert set(timings["01_first"]) == {"seconds", "date", "hardware", "world", "profile"}
 
 
-def test_unknown_parameter_stops_before_anything_runs(project, build):
+def test_unknown_parameter_stops_before_anything_runs(project, make):
     path = project / "notebooks" / "02_second.ipynb"
     edit(path, "results_dir: str = ", "elsewhere = ")
     with pytest.raises(
         DiffEchoError, match="no parameter results_dir.*data_root, elsewhere, profile_name"
     ):
-        build()
+        make()
     assert not tree(project).exists()
 
 
-def test_failed_chapter_is_never_published(project, build):
+def test_failed_chapter_is_never_published(project, make):
     path = project / "notebooks" / "01_first.ipynb"
     shown = tree(project) / "source" / "notebooks" / "01_first.ipynb"
     shown.parent.mkdir(parents=True)
     shown.write_text("the last good page")
     edit(path, "print('solved')", "broken = 1 / 0")
     with pytest.raises(DiffEchoError) as caught:
-        build()
+        make()
     failed = tree(project) / "failed" / "01_first.ipynb"
     for part in ("01_first", "`broken = 1 / 0`", "ZeroDivisionError", str(failed)):
         assert part in str(caught.value)
@@ -249,34 +251,34 @@ def test_failed_chapter_is_never_published(project, build):
     assert not list(tree(project).rglob("*.partial.ipynb"))
 
 
-def test_a_line_a_minute_says_the_cell(project, build, monkeypatch, capsys):
+def test_a_line_a_minute_says_the_cell(project, make, monkeypatch, capsys):
     hurried = types.SimpleNamespace(monotonic=lambda: 60 * time.monotonic())
-    monkeypatch.setattr(book, "time", hurried)
+    monkeypatch.setattr(build, "time", hurried)
     edit(
         project / "notebooks" / "02_second.ipynb",
         "from pathlib",
         "__import__('time').sleep(5)\\nfrom pathlib",
     )
-    build(chapters=["02_second"])
+    make(chapters=["02_second"])
     cells = re.findall(r"02_second: \d+ min, cell (\d+)", capsys.readouterr().out)
     assert cells == sorted(cells) and cells[-1] == "5", "with the title and the build's parameters"
 
 
-def test_lost_process_is_said(project, build):
+def test_lost_process_is_said(project, make):
     source = "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)"
     write_notebook(project / "notebooks" / "01_first.ipynb", (PARAMETERS, "parameters"), source)
     with pytest.raises(DiffEchoError, match="01_first: its process was lost"):
-        build()
+        make()
 
 
-def test_chosen_chapters(project, build, no_kernel, capsys):
+def test_chosen_chapters(project, make, no_kernel, capsys):
     with pytest.raises(DiffEchoError, match="04_none.*01_first, 02_second"):
-        build(chapters=["04_none"])
-    assert build(chapters=["02_second"]) == ["02_second"]
+        make(chapters=["04_none"])
+    assert make(chapters=["02_second"]) == ["02_second"]
     assert "not executed" in page(project, "01_first").cells[1].source
-    build()
+    make()
     edit(project / "notebooks" / "01_first.ipynb", "print('solved')", "print('anew')")
-    assert build(chapters=["02_second"]) == []
+    assert make(chapters=["02_second"]) == []
     assert "out of date" in capsys.readouterr().out
     assert "solved" in outputs(page(project, "01_first")), "keeps its last page"
 
@@ -288,7 +290,7 @@ def test_interruption_leaves_nothing_half_done(project, phantom_root, jobs):
     source += "\ntime.sleep(60)"
     write_notebook(project / "notebooks" / "02_second.ipynb", (PARAMETERS, "parameters"), source)
     code = (
-        f"from diffecho_utils import book; book.build({str(phantom_root)!r}, 'smoke', "
+        f"import sys; sys.path.insert(0, 'book/tools'); import build; build.build({str(phantom_root)!r}, 'smoke', "
         f"root={str(project)!r}, jobs={jobs})"
     )
     process = subprocess.Popen(
@@ -310,7 +312,7 @@ def test_interruption_leaves_nothing_half_done(project, phantom_root, jobs):
         os.kill(int(note.read_text()), 0)
 
 
-def test_chapters_at_the_same_time(project, build, monkeypatch):
+def test_chapters_at_the_same_time(project, make, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     edit(project / "notebooks" / "01_first.ipynb", "import sys", "import os, sys")
     edit(
@@ -318,17 +320,17 @@ def test_chapters_at_the_same_time(project, build, monkeypatch):
     )
     edit(project / "notebooks" / "01_first.ipynb", "print('solved')", "1 / 0")
     with pytest.raises(DiffEchoError, match="01_first.*ZeroDivisionError"):
-        build(jobs=2)
+        make(jobs=2)
     assert (tree(project) / "executed" / "02_second.ipynb").exists(), "the other one is kept"
     edit(project / "notebooks" / "01_first.ipynb", "1 / 0", "print('solved')")
-    build(jobs=2)
+    make(jobs=2)
     first, second = (outputs(page(project, name)) for name in ("01_first", "02_second"))
     assert "solved" in first and "smoke" in second
     assert first.splitlines()[1] == str(max(1, results.cores() // 2))
 
 
 def test_pages_are_built_and_warnings_keep_the_old_ones(project, phantom_root, capsys):
-    index = book.build(phantom_root, "smoke", root=project)
+    index = build.build(phantom_root, "smoke", root=project)
     assert f"open {index}" in capsys.readouterr().out
     html = (index.parent / "notebooks" / "01_first.html").read_text()
     assert 'alt="Figure 1. A line with x_t and a link. Live."' in html
@@ -338,7 +340,7 @@ def test_pages_are_built_and_warnings_keep_the_old_ones(project, phantom_root, c
     edit(project / "book" / "intro.md", "01_first", "05_nowhere")
     for _ in range(2):  # Sphinx alone would let the second build pass
         with pytest.raises(DiffEchoError, match="05_nowhere"):
-            book.build(phantom_root, "smoke", root=project)
+            build.build(phantom_root, "smoke", root=project)
     assert "01_first" in (index.parent / "book" / "intro.html").read_text()
 
 
@@ -346,14 +348,14 @@ def test_pages_are_built_and_warnings_keep_the_old_ones(project, phantom_root, c
 
 
 def test_table_of_contents_lists_the_chapters_that_exist():
-    assert [path.name for path in book._notebooks(ROOT)] == [path.name for path in NOTEBOOKS]
+    assert [path.name for path in build._notebooks(ROOT)] == [path.name for path in NOTEBOOKS]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_chapter_is_ready_to_be_executed(path):
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
-    assert book._declared(notebook, path) >= {"data_root", "profile_name", "results_dir"}
+    assert build._declared(notebook, path) >= {"data_root", "profile_name", "results_dir"}
     for cell in notebook.cells:
         assert not cell.get("outputs"), "committed without outputs"
         assert cell.get("execution_count") is None
@@ -377,7 +379,11 @@ def test_repository_has_one_address():
     assert project["urls"] == {"Repository": address, "Book": pages}
     assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["repository-code"] == address
     files = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *NOTEBOOKS]
-    files += [*(ROOT / "book").rglob("*.md"), *(ROOT / "diffecho_utils").glob("*.py")]
+    files += [
+        *(ROOT / "book").rglob("*.md"),
+        *(ROOT / "diffecho_utils").glob("*.py"),
+        *(ROOT / "book").rglob("*.py"),
+    ]
     for path in files:
         text = path.read_text()
         owners = re.findall(rf"github\.com/([\w.-]+)/{name}\b", text)

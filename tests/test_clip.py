@@ -5,13 +5,7 @@ import torch
 import torch.nn.functional as F
 from transformers import CLIPModel, CLIPTokenizer
 
-from diffecho_utils import (
-    checkpoints,
-    data,
-    models,
-    objectives,
-    prompts,
-)
+from diffecho_utils import checkpoints, data, models, objectives, prompts
 
 
 @pytest.fixture(scope="module")

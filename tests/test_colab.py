@@ -6,10 +6,9 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import course
 import nbformat
 import pytest
-
-from diffecho_utils import course
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))

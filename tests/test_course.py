@@ -3,16 +3,12 @@
 import re
 from pathlib import Path
 
+import course
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from diffecho_utils import (
-    DiffEchoError,
-    chapter,
-    course,
-    results,
-)
+from diffecho_utils import DiffEchoError, results
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -24,7 +20,7 @@ def area(r):
     return math.pi * r**2
 total = area(1) + area(2)"""
 CHECK = """\
-from diffecho_utils import course
+from diffecho_utils import chapter
 with chapter.exercise(1, area=area, total=total):
     assert area(1) > 3, "the area of a disc is pi r^2"
     assert total > area(2), "add both areas"
@@ -62,7 +58,7 @@ def test_student_gets_a_stub_and_no_answer(taught):
         assert kept not in text
     with pytest.raises(AssertionError, match="Exercise 1: `total` still to be found"):
         run(copy)
-    assert len(chapter.cells) == 7 and chapter.cells[2].source == SOLUTION, "only a copy"
+    assert len(taught.cells) == 7 and taught.cells[2].source == SOLUTION, "only a copy"
 
 
 def test_an_unwritten_function_is_said(taught):
@@ -74,7 +70,7 @@ def test_an_unwritten_function_is_said(taught):
 
 
 def test_wrong_answer_gets_the_hint(taught):
-    chapter.cells[2].source = SOLUTION.replace("+", "-")
+    taught.cells[2].source = SOLUTION.replace("+", "-")
     with pytest.raises(AssertionError, match="add both areas"):
         run(course.teacher(taught))
 
@@ -86,13 +82,13 @@ def test_teacher_copy_and_trial_run(taught, capsys):
 
 
 def test_trial_refuses_a_check_that_the_stub_passes(taught):
-    chapter.cells[4].source = "from diffecho_utils import course"
+    taught.cells[4].source = "from diffecho_utils import chapter"
     with pytest.raises(RuntimeError, match="exercise 1 passes on the stub"):
         run(course.trial(taught))
 
 
 def test_solution_without_a_check_is_refused(taught):
-    del chapter.cells[4]
+    del taught.cells[4]
     with pytest.raises(DiffEchoError, match="exercise 1: a solution and no cell tagged `check`"):
         course.student(taught)
 
@@ -119,7 +115,7 @@ def installs(copy):
 def at(taught, tmp_path, monkeypatch):
     """Writes copies of the chapter in a checkout whose package is of a commit and whose remote has branches."""
     install = "%pip install https://github.com/diffecho-book/diffecho-book/archive/main.zip"
-    chapter.cells.insert(0, new_code_cell(install))
+    taught.cells.insert(0, new_code_cell(install))
     nbformat.write(taught, tmp_path / "01_a.ipynb")
 
     def at(commit, branches="origin/main"):

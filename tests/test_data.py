@@ -7,13 +7,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from diffecho_utils import (
-    camus,
-    data,
-    files,
-    models,
-    prompts,
-)
+from diffecho_utils import camus, data, files, models, prompts
 
 
 def test_frames_are_in_range_and_ordered_as_the_table(phantom_root, frames, smoke):

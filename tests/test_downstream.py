@@ -296,20 +296,20 @@ def test_confusion_and_difference_of_classifiers_by_hand():
     patients, classes = ["b", "b", "a", "a"], [0, 1, 2, 3]
     good = np.eye(4)[[0, 1, 2, 2]].tolist()  # only the phase of the last is wrong
     poor = np.eye(4)[[0, 1, 0, 0]].tolist()  # nothing of patient a but one phase
-    runs = [answers_of(p, patients, classes) for p in (good, poor)]
-    counts = runs.classification_confusion(runs[0])
+    both = [answers_of(p, patients, classes) for p in (good, poor)]
+    counts = runs.classification_confusion(both[0])
     assert counts.shape == (2, 4, 4) and counts[0, 3, 2] == counts[1, 0, 0] == 1
-    phase = runs.classification_confusion(runs[0], "phase").sum(0)
+    phase = runs.classification_confusion(both[0], "phase").sum(0)
     np.testing.assert_array_equal(phase, [[2, 0], [1, 1]])
-    pair = [runs[0]], [runs[1]]
+    pair = [both[0]], [both[1]]
     value, low, high = runs.classification_difference(*pair, repeats=200)
     assert value == 0.25 and low == 0 and high == 0.5  # patient b alone, and a alone
     assert runs.classification_difference(*pair, "view", repeats=1)[0] == 0.5
     f1, low, high = runs.classification_difference(*pair, score="f1", repeats=200)
-    gap = runs[0]["scores"]["class"]["f1"] - runs[1]["scores"]["class"]["f1"]
+    gap = both[0]["scores"]["class"]["f1"] - both[1]["scores"]["class"]["f1"]
     assert f1 == pytest.approx(gap, abs=1e-6) and low <= f1 <= high
     with pytest.raises(DiffEchoError, match="different frames"):
-        runs.classification_difference([runs[0]], [answers_of(good, ["c"] * 4, classes)])
+        runs.classification_difference([both[0]], [answers_of(good, ["c"] * 4, classes)])
 
 
 def test_reliability_sums_up_to_the_calibration_error():

@@ -12,11 +12,12 @@ import zipfile
 from importlib import metadata
 from pathlib import Path
 
+import course
 import nbformat
 import pytest
 import yaml
 
-from diffecho_utils import __version__, course
+from diffecho_utils import __version__
 
 ROOT = Path(__file__).resolve().parents[1]
 ADDRESS = "https://github.com/diffecho-book/diffecho-book"

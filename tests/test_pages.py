@@ -9,11 +9,12 @@ from io import BytesIO
 from urllib.parse import unquote, urldefrag, urlsplit
 
 import numpy as np
+import pdf
 import pytest
 import yaml
 from PIL import Image
 
-from diffecho_utils import assets, book
+from diffecho_utils import assets
 
 MEGABYTES = 2.0  # of a page with all that it loads, text compressed as servers of static pages do
 SECONDS = 2.0  # until a page is there, from a server on this machine
@@ -22,10 +23,10 @@ SECONDS = 2.0  # until a page is there, from a server on this machine
 @pytest.fixture(scope="module")
 def browser():
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    path = next(filter(None, map(shutil.which, book.BROWSERS)), None)
+    path = next(filter(None, map(shutil.which, pdf.BROWSERS)), None)
     if path is None:
         pytest.skip(
-            f"no browser among {', '.join(book.BROWSERS)}; install one to test the pages in it"
+            f"no browser among {', '.join(pdf.BROWSERS)}; install one to test the pages in it"
         )
     with playwright.sync_playwright() as play:
         browser = play.chromium.launch(executable_path=path, args=["--no-sandbox"])
@@ -212,7 +213,7 @@ def test_pages_are_printed_into_one_file(browser, built, tmp_path):
     pypdf = pytest.importorskip("pypdf", reason="pypdf is not installed")
     names = ["book/intro", "notebooks/11_claims"]
     with ThreadPoolExecutor(1) as apart:  # from the browser of the other tests
-        task = apart.submit(book.print_pages, built / "html", tmp_path / "book.pdf", names)
+        task = apart.submit(pdf.print_pages, built / "html", tmp_path / "book.pdf", names)
         path = task.result()
     printed = pypdf.PdfReader(path)
     assert len(printed.outline) == 2 and len(printed.pages) > 10

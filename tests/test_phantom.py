@@ -14,11 +14,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from diffecho_utils import (
-    DiffEchoError,
-    camus,
-    phantom,
-)
+from diffecho_utils import DiffEchoError, camus, phantom
 from diffecho_utils.camus import CLASSES, PHASES, SPLITS, VIEWS, frame_path
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "camus"

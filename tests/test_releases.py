@@ -10,14 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffecho_utils import (
-    DiffEchoError,
-    assets,
-    camus,
-    chapter,
-    phantom,
-    releases,
-)
+from diffecho_utils import DiffEchoError, assets, camus, chapter, phantom, releases
 from diffecho_utils.__main__ import main
 
 SUFFIX = {True: "_gt", False: ""}

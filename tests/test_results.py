@@ -6,14 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from diffecho_utils import (
-    DiffEchoError,
-    assets,
-    camus,
-    files,
-    profiles,
-    results,
-)
+from diffecho_utils import DiffEchoError, assets, camus, files, profiles, results
 
 
 def test_record_goes_out_and_comes_back(tmp_path):

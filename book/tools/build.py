@@ -1,6 +1,6 @@
 """The book: execute the chapters with papermill, then build the pages with Jupyter Book.
 
-All chapters; `make book` and `python -m diffecho_utils book` call `build`. The checkout is only
+All chapters; `make book` calls it. The checkout is only
 read (with `record` the chapters write their results to data/results);
 everything else that is made goes to
 
@@ -16,7 +16,6 @@ everything else that is made goes to
 import ast
 import datetime
 import hashlib
-import io
 import json
 import os
 import re
@@ -26,28 +25,19 @@ import subprocess
 import sys
 import threading
 import time
+from argparse import ArgumentParser
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffecho_utils import (
-    DiffEchoError,
-    assets,
-    camus,
-    files,
-    profiles,
-    results,
-)
-from diffecho_utils.chapter import phantom_folder
+import nbformat
+import papermill
+import pdf
+import publish
 
-try:
-    import nbformat
-    import papermill
-    import yaml
-except ModuleNotFoundError as error:
-    raise DiffEchoError(
-        f"{error.name}: not installed, and the book needs it; run `pip install -r requirements.txt`"
-    ) from None
+from diffecho_utils import DiffEchoError, assets, camus, files, profiles, releases, results
+from diffecho_utils.__main__ import said
+from diffecho_utils.chapter import phantom_folder
 
 KERNEL = "diffecho-book"
 
@@ -82,10 +72,10 @@ def build(data, profile, *, chapters=None, record=False, force=False, jobs=1, ro
     plan = [_plan(path, base, parameters, inputs) for path in notebooks]
 
     print(f"book: world {world}, profile {profile}, data {data}", flush=True)
-    _copy_pages(root, base)
+    publish.copy_pages(root, base)
     outcomes, waiting = {}, []
     for chapter in plan:
-        before = _execution(chapter.executed)
+        before = publish.execution(chapter.executed)
         if chapter.name not in chosen:
             outcomes[chapter.name] = _unchosen(before, chapter.key)
         elif before and before["key"] == chapter.key and not force:
@@ -96,59 +86,17 @@ def build(data, profile, *, chapters=None, record=False, force=False, jobs=1, ro
     _write_kernel(base / "jupyter", root, jobs)
     _execute_all(waiting, jobs, base, parameters, world)
 
-    timings = {c.name: _execution(c.executed) for c in plan if c.executed.exists()}
+    timings = {c.name: publish.execution(c.executed) for c in plan if c.executed.exists()}
     for timing in timings.values():
         del timing["key"]
     files.write_text(base / "timings.json", json.dumps(timings, indent=1) + "\n")
-    _write_status(timings, notebooks, base / "source" / "book" / "_made")
+    publish.write_status(timings, notebooks, base / "source" / "book" / "_made")
     for chapter in plan:
-        _publish(chapter, base / "source" / "notebooks")
-    index = _pages(base)
+        publish.publish(chapter, base / "source" / "notebooks")
+    index = publish.make_pages(base)
     _print_table(outcomes, timings)
     print(f"open {index}", flush=True)
     return index
-
-
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-
-
-def print_pages(html, out, pages=None):
-    """Print the built pages (folder `html`) by a browser into one PDF file, with a bookmark for each.
-
-    pages: names such as "notebooks/03_unconditional", by default all of _toc.yml in its order.
-    Raises DiffEchoError where Chromium, Chrome, playwright or pypdf is missing, or a page.
-    """
-    try:
-        from playwright.sync_api import sync_playwright
-        from pypdf import PdfReader, PdfWriter
-    except ModuleNotFoundError as error:
-        raise DiffEchoError(
-            f"{error.name}: not installed; run `pip install {error.name}`"
-        ) from None
-    browser_path = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if browser_path is None:
-        raise DiffEchoError(
-            f"no browser among {', '.join(BROWSERS)}; `apt-get install chromium` brings one"
-        )
-    writer = PdfWriter()
-    with sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])
-        page = browser.new_page()
-        for name in pages or _toc_pages(assets.root()):
-            path = Path(html) / f"{name}.html"
-            if not path.is_file():
-                raise DiffEchoError(f"{path}: no such page; build the book first")
-            page.goto(path.resolve().as_uri(), wait_until="load")
-            page.evaluate("document.querySelectorAll('img').forEach(i => { i.loading = 'eager' })")
-            page.wait_for_function("[...document.images].every(image => image.complete)")
-            page.evaluate("window.MathJax?.startup?.promise")
-            margins = {"top": "18mm", "bottom": "18mm", "left": "16mm", "right": "16mm"}
-            printed = PdfReader(io.BytesIO(page.pdf(format="A4", margin=margins, scale=0.8)))
-            writer.append(printed, outline_item=page.title().split(" — ")[0])
-        browser.close()
-    with files.draft(out) as beside:
-        writer.write(beside)
-    return Path(out)
 
 
 @dataclass(frozen=True)
@@ -172,35 +120,10 @@ def jobs_at_once():
     return max(1, min(results.cores(), int(gigabytes / 5), 4))
 
 
-# What there is to do
-
-
 def _notebooks(root):
     """Paths of the chapters, in the order of _toc.yml."""
-    pages = [root / f"{page}.ipynb" for page in _toc_pages(root)]
+    pages = [root / f"{page}.ipynb" for page in publish.toc(root)]
     return [path for path in pages if path.is_file()]
-
-
-def _toc_pages(root):
-    """Names of all pages, without suffix, in the order of _toc.yml."""
-    path = root / "_toc.yml"
-    if not path.is_file():
-        raise DiffEchoError(f"{path}: missing; the book is built from a checkout of its repository")
-
-    def files(node):
-        if isinstance(node, list):
-            return [file for item in node for file in files(item)]
-        if isinstance(node, dict):
-            here = [node[key] for key in ("root", "file") if key in node]
-            below = ("parts", "chapters", "sections")
-            return here + [file for key in below for file in files(node.get(key))]
-        return []
-
-    pages = files(yaml.safe_load(path.read_text()))
-    for page in pages:
-        if not any((root / f"{page}{suffix}").is_file() for suffix in (".md", ".ipynb")):
-            raise DiffEchoError(f"{path}: lists {page}, but there is no {page}.md or {page}.ipynb")
-    return pages
 
 
 def _choose(chapters, notebooks):
@@ -218,7 +141,7 @@ def _data(data, profile):
     if data is None:
         print(f"phantom: {row.phantom_patients} patients", flush=True)
         data = phantom_folder(row)
-    data = Path(data).expanduser().resolve()
+    data = releases.official(Path(data).expanduser().resolve())
     camus.read_table(data)
     return data
 
@@ -285,16 +208,6 @@ def _digest(path):
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-# Execution
-
-
-def _execution(path):
-    """What `_execute` noted: key, seconds, date, hardware, world, profile; None if never run."""
-    if not path.exists():
-        return None
-    return dict(nbformat.read(path, as_version=4).metadata["diffecho"])
-
-
 def _unchosen(before, key):
     if before is None:
         return "not executed"
@@ -312,7 +225,7 @@ def _execute_all(chapters, jobs, base, parameters, world):
     def execute(number, chapter):
         if failures or stop.is_set():
             return
-        before = _execution(chapter.executed)
+        before = publish.execution(chapter.executed)
         took = f", {before['seconds'] / 60:.1f} min last time" if before else ""
         print(f"[{number}/{len(chapters)}] {chapter.name}: executing{took}", flush=True)
         outcome = "done"
@@ -435,160 +348,6 @@ def _write_kernel(folder, root, jobs):
     files.write_text(path, json.dumps(spec))
 
 
-# Pages
-
-
-def _copy_pages(root, base):
-    """Bring source/ up to date with the checkout; what did not change keeps its time stamp."""
-    source = base / "source"
-    (source / "notebooks").mkdir(parents=True, exist_ok=True)
-    pages = [path for path in (root / "book").rglob("*") if path.is_file()]
-    pages += (root / "data").rglob("*.md")  # cards of the data and the networks
-    for path in [root / "_config.yml", root / "_toc.yml", *pages]:
-        target = source / path.relative_to(root)
-        if not target.exists() or target.read_bytes() != path.read_bytes():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target)
-
-
-def _write_status(timings, notebooks, folder):
-    """The table of the page on the build's status: who was executed when, where, for how long, on what."""
-    lines = ["| chapter | took | world, profile | when | on |", "|---|---|---|---|---|"]
-    for path in notebooks:
-        t = timings.get(path.stem)
-        cells = ["not executed", "", "", ""]
-        if t:
-            cells = [
-                _duration(t["seconds"]),
-                f"{t['world']}, {t['profile']}",
-                t["date"],
-                t["hardware"],
-            ]
-        lines.append(f"| [](../notebooks/{path.name}) | {' | '.join(cells)} |")
-    total = _duration(sum(t["seconds"] for t in timings.values()))
-    versions = results.provenance("")["versions"]
-    lines += ["", f"All chapters one after the other: {total}. Versions: "]
-    lines += [", ".join(f"{name} {number}" for name, number in versions.items()) + "."]
-    folder.mkdir(parents=True, exist_ok=True)
-    path, text = folder / "status.md", "\n".join(lines) + "\n"
-    if not path.exists() or path.read_text() != text:
-        files.write_text(path, text)
-
-
-def _duration(seconds):
-    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
-
-
-def _publish(chapter, folder):
-    """Write a chapter as its page shows it: today's prose around the outputs of its execution.
-
-    So neither the injected parameters nor papermill's notes, which name folders of this machine,
-    get into the book. A chapter whose code changed since its execution keeps the page it had.
-    """
-    notebook = nbformat.read(chapter.source, as_version=4)
-    path = folder / chapter.source.name
-    before = _execution(chapter.executed)
-    if before is None:
-        note = "> This chapter was not executed in this build: its figures and numbers are missing."
-        notebook.cells.insert(1, nbformat.v4.new_markdown_cell(note, id="not-executed"))
-    elif before["key"] == chapter.key:
-        _fill(notebook, nbformat.read(chapter.executed, as_version=4))
-        _tell_time(notebook, before)
-    else:
-        return
-    text = nbformat.writes(notebook) + "\n"
-    if not path.exists() or path.read_text() != text:
-        files.write_text(path, text)
-
-
-def _fill(notebook, executed):
-    """Put the outputs of `executed` into `notebook`, which has the same code.
-
-    Figures get their caption as alternative text; solutions and their checks are folded away.
-    """
-    notebook.metadata["language_info"] = executed.metadata["language_info"]
-    injected = "injected-parameters"
-    sources, runs = (
-        [cell for cell in cells if cell.cell_type == "code"]
-        for cells in (notebook.cells, executed.cells)
-    )
-    runs = [cell for cell in runs if injected not in cell.metadata.get("tags", [])]
-    for cell, run in zip(sources, runs, strict=True):
-        cell.outputs, cell.execution_count = run.outputs, run.execution_count
-        options = cell.metadata.setdefault("mystnb", {})
-        caption = _caption(run.outputs)
-        if caption:
-            options["image"] = {"alt": caption}
-        for tag, what in (("solution", "solution"), ("check", "check of your answer")):
-            if tag in cell.metadata.get("tags", []):
-                cell.metadata["tags"].append("hide-cell")
-                options["code_prompt_show"] = f"Show the {what}"
-                options["code_prompt_hide"] = f"Hide the {what}"
-
-
-def _tell_time(notebook, execution):
-    """Put what the execution took into the row "Time" of the chapter's opening table."""
-    took = (
-        f"{_duration(execution['seconds'])} on a {execution['hardware']}, profile "
-        f"{execution['profile']} ([this build](../book/status.md))"
-    )
-    for cell in notebook.cells:
-        if cell.cell_type == "markdown":
-            guess = r"(?m)^(\| Time \| )[^;|]*"  # up to what dominates
-            cell.source, found = re.subn(guess, lambda row: row[1] + took, cell.source, count=1)
-            if found:
-                cell.source = cell.source.replace(took + "|", took + " |")
-                return
-
-
-def _caption(outputs):
-    """The "**Figure" caption after an image, as at most 250 characters of plain text, or None."""
-    image = False
-    for output in outputs:
-        data = output.get("data", {})
-        if any(kind.startswith("image/") for kind in data):
-            image = True
-        elif image and data.get("text/markdown", "").lstrip().startswith("**Figure"):
-            text = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", data["text/markdown"])
-            text = " ".join(re.sub(r"[*`$]", "", text).split())
-            return text if len(text) <= 250 else text[:249].rsplit(" ", 1)[0] + "…"
-    return None
-
-
-def _pages(base):
-    """Run Jupyter Book on source/; replace html/ only by pages built without a warning."""
-    made = base / "_build" / "html"
-    index = made / "index.html"
-    index.unlink(missing_ok=True)  # Jupyter Book can exit 0 without having written it
-    log = base / "pages.log"
-    command = "from jupyter_book.cli.main import main; main()"
-    options = ["build", base / "source", "--path-output", base, "-n", "-W", "--keep-going"]
-    print("pages: building", flush=True)
-    with log.open("w") as stream:
-        status = subprocess.run(
-            [sys.executable, "-c", command, *options],
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-            env=os.environ | {"NO_COLOR": "1"},
-        ).returncode
-    if status or not index.is_file():
-        # Sphinx repeats no warning of a page it has read: the next build must read all again.
-        shutil.rmtree(base / "_build" / ".doctrees", ignore_errors=True)
-        lines = log.read_text().splitlines()
-        shown = [line for line in lines if re.search("WARNING|ERROR|Error", line)][:20]
-        shown = shown or lines[-20:]
-        raise DiffEchoError("\n".join([f"{log}: the pages were not built", *shown]))
-    fresh, old = base / "html.new", base / "html.old"
-    for folder in (fresh, old):
-        shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(made, fresh)
-    if (base / "html").exists():
-        os.replace(base / "html", old)
-    os.replace(fresh, base / "html")
-    shutil.rmtree(old, ignore_errors=True)
-    return base / "html" / "index.html"
-
-
 def _print_table(outcomes, timings):
     width = max((len(name) for name in outcomes), default=0)
     for name, outcome in outcomes.items():
@@ -597,3 +356,40 @@ def _print_table(outcomes, timings):
     executed = [name for name, outcome in outcomes.items() if outcome == "executed"]
     total = sum(timings[name]["seconds"] for name in executed)
     print(f"  {'executed now':<{width}}  {total:7.1f} s")
+
+
+def main(arguments=None):
+    """The command line of `make book` and `make pdf`."""
+    parser = ArgumentParser(description="Execute the chapters and build the pages.")
+    parser.add_argument("--data", help="CAMUS in any form; default: the phantom")
+    parser.add_argument("--profile", default="cpu", choices=profiles.PROFILES)
+    parser.add_argument("--chapter", nargs="*", help="only these, e.g. 01_camus_data")
+    parser.add_argument(
+        "--record", action="store_true", help="write what is measured to data/results"
+    )
+    parser.add_argument("--force", action="store_true", help="execute what did not change, too")
+    parser.add_argument("--pdf", action="store_true", help="print the pages into one PDF file, too")
+    parser.add_argument(
+        "--jobs", type=int, help="chapters at the same time; default: what suits this machine"
+    )
+    options = parser.parse_args(arguments)
+    if options.jobs is not None and options.jobs < 1:
+        parser.error(f"argument --jobs: {options.jobs}: must be at least 1")
+
+    def run():
+        index = build(
+            options.data,
+            options.profile,
+            chapters=options.chapter,
+            record=options.record,
+            force=options.force,
+            jobs=options.jobs or jobs_at_once(),
+        )
+        if options.pdf:
+            print(f"open {pdf.print_pages(index.parent, index.parent.parent / 'book.pdf')}")
+
+    return said(run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -8,15 +8,14 @@ stub in place of the solutions, keeps the check, and leaves the discussion out. 
 import ast
 import copy
 import re
+import sys
+from argparse import ArgumentParser
 from pathlib import Path
 
 import nbformat
 
-from diffecho_utils import (
-    DiffEchoError,
-    files,
-    results,
-)
+from diffecho_utils import DiffEchoError, assets, files, results
+from diffecho_utils.__main__ import said
 
 
 def write(notebooks, out, revision=None):
@@ -174,3 +173,24 @@ def _from_heading(source):
 
 def _indented(source):
     return "\n".join(f"    {line}" if line else "" for line in source.splitlines())
+
+
+def main(arguments=None):
+    """The command line of `make course`."""
+    parser = ArgumentParser(description="Copies of the chapters for students and teachers.")
+    parser.add_argument("--out", type=Path, help="default: _build/course")
+    parser.add_argument("--revision", help="tag or commit that they install; default: this commit")
+    options = parser.parse_args(arguments)
+
+    def run():
+        notebooks = sorted((assets.root() / "notebooks").glob("*.ipynb"))
+        for folder in write(
+            notebooks, options.out or assets.workspace() / "course", options.revision
+        ):
+            print(f"wrote {len(notebooks)} chapters to {folder}")
+
+    return said(run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
