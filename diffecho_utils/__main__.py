@@ -117,6 +117,7 @@ def download_command(options):
         accept_licence=options.accept_licence,
         urls=options.url or download.URLS,
         patients=options.patients,
+        restart=options.restart,
         progress=lambda done, total, unit: _progress(unit)(done, "?" if total is None else total),
     )
     print(f"wrote CAMUS, {options.patients} patients, to {root}")
@@ -225,6 +226,7 @@ def sample_command(options):
         facts=facts,
         progress=_progress("images") if state.is_main_process else None,
         batch=options.batch,
+        restart=options.restart,
     )
     if state.is_main_process:
         names = ", ".join(camus.CLASS_NAMES[index] for index in classes)
@@ -475,6 +477,7 @@ def _parser():
     )
     sub.add_argument("--url", nargs="+", help="addresses of the zips; default: the official server")
     sub.add_argument("--patients", type=_COUNT, default=500, help="how many must be in it")
+    sub.add_argument("--restart", action="store_true", help="from the beginning; default: goes on")
 
     sub = command("prompts", prompts_command, "write the prompts of a folder's frames as a table")
     sub.add_argument("root", type=Path, metavar="ROOT")
@@ -556,6 +559,9 @@ def _parser():
     sub.add_argument("--steps", type=_number(int, 1, 1000), default=20, help="of the solver")
     sub.add_argument("--solver", default="DPM-Solver++", help="DDPM, DDIM, Euler, UniPC or this")
     sub.add_argument("--batch", type=_COUNT, default=50, help="images drawn at a time")
+    sub.add_argument(
+        "--restart", action="store_true", help="throw away the set in DIR; default: it goes on"
+    )
     sub.add_argument(
         "--seed", type=_SEED, default=0, help="seed of the first image; the next counts on"
     )

@@ -33,11 +33,11 @@ on Medical Imaging, vol. 38, no. 9, pp. 2198-2210, Sept. 2019, doi:10.1109/TMI.2
 _ATTEMPTS = 5  # connections of one download that may break before it gives up for now
 
 
-def download(dest, accept_licence=False, urls=URLS, patients=500, progress=None):
+def download(dest, accept_licence=False, urls=URLS, patients=500, progress=None, restart=False):
     """Download the official NIfTI release to the new folder `dest` and verify what is in it.
 
     Archives lie beside `dest` until all is well: an interrupted download goes on where the server
-    allows it (HTTP ranges), and unpacking can be repeated without the network. Their checksums change
+    allows it (HTTP ranges; restart: from the beginning), and unpacking can be repeated without the network. Their checksums change
     at each download, so the content is verified: `patients` patients, four frames and four label maps
     each, readable, labels 0-3. `progress(done, total, unit)` is called after each MB (`total` None
     where the server does not say it) and each frame.
@@ -53,6 +53,9 @@ def download(dest, accept_licence=False, urls=URLS, patients=500, progress=None)
         if not url.startswith(("http://", "https://")):
             raise DiffEchoError(f"{url}: no web address; name that of the zip with --url http...")
     archives = [dest.with_name(f"{dest.name}.{number}.zip") for number in range(len(urls))]
+    for left in archives if restart else ():
+        left.unlink(missing_ok=True)
+        left.with_name(f"{left.name}.part").unlink(missing_ok=True)
     with files.whole_folder(dest) as draft:
         for url, archive in zip(urls, archives, strict=True):
             if not archive.exists():

@@ -5,6 +5,7 @@ Chapters 07 to 10. FOLDER/images/*.png, label_maps/*.png, metadata.csv, dataset.
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +74,7 @@ def write(
     facts=None,
     progress=None,
     batch=50,
+    restart=False,
 ):
     """Write one image for each row of `plan`'s table as a synthetic data set; returns its metadata.
 
@@ -83,7 +85,8 @@ def write(
     whole batches again that are not whole, so that an image comes out of the batch it would have
     come out of. Under `accelerate launch` the batches are shared among the processes. metadata.csv is
     written last, when all is there. `progress(done, N)` counts this process's images and those
-    that were there. Raises DiffEchoError if FOLDER holds a set of other settings or weights.
+    that were there. restart: a set that FOLDER holds is thrown away. Raises DiffEchoError if it
+    holds a set of other settings or weights.
     """
     if solver not in sampling.SOLVERS:
         raise DiffEchoError(f"no solver {solver!r}; choose one of {', '.join(sampling.SOLVERS)}")
@@ -117,6 +120,9 @@ def write(
         "settings": settings | (facts or {}),
         "counts": {f"{view}-{phase}": int(k) for (view, phase), k in counts.items()},
     }
+    if restart and state.is_main_process and (folder / "dataset.json").is_file():
+        shutil.rmtree(folder)
+    state.wait_for_everyone()
     _claim(folder, described, with_masks=masks is not None)
     lost = _lost(folder, metadata)
     blocks = [range(first, min(first + batch, n)) for first in range(0, n, batch)]
@@ -317,7 +323,7 @@ def _claim(folder, described, with_masks):
         if odd:
             raise DiffEchoError(
                 f"{path}: made with other settings ({', '.join(odd)}); choose another folder, or "
-                "delete it"
+                "begin again with --restart (restart=True)"
             )
     for name in ("images", "label_maps") if with_masks else ("images",):
         (folder / name).mkdir(parents=True, exist_ok=True)

@@ -138,6 +138,14 @@ def test_interrupted_command_goes_on_when_repeated(phantom_root, tmp_path, serve
     assert serve.handler.requests[-1] == "bytes=50000-"
 
 
+def test_interrupted_download_begins_again_when_asked(phantom_root, tmp_path, serve):
+    url = serve(zipped(phantom_root), breaks=download._ATTEMPTS, piece=10_000)
+    with pytest.raises(DiffEchoError, match="broke 5 times"):
+        fetch(url, tmp_path / "camus")
+    fetch(url, tmp_path / "camus", restart=True)
+    assert serve.handler.requests[-1] is None
+
+
 def test_server_without_ranges_starts_over(phantom_root, tmp_path, serve):
     url = serve(zipped(phantom_root), ranges=False, breaks=1, piece=50_000)
     assert files(fetch(url, tmp_path / "camus")) == files(phantom_root)

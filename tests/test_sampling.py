@@ -211,7 +211,7 @@ def test_a_set_belongs_to_its_settings_and_weights(generator, tmp_path):
     other = models.Unconditional([*generator.denoiser.unets[1:], generator.denoiser.unets[0]])
     with pytest.raises(DiffEchoError, match=r"other settings \(generator\)"):
         write(replace(generator, denoiser=other), tmp_path, 1, 2)
-    with pytest.raises(DiffEchoError, match=r"other settings \(solver\)"):
+    with pytest.raises(DiffEchoError, match=r"other settings \(solver\).*--restart"):
         write(generator, tmp_path, 1, 2, solver="DDIM")
     with pytest.raises(DiffEchoError, match="no solver 'Heun'; choose one of DDPM, DDIM"):
         write(generator, tmp_path, 1, 2, solver="Heun")
@@ -242,6 +242,18 @@ def test_card_carries_the_licence_of_the_data(generator, tmp_path, facts, licenc
     assert "| 4CH-ES | 1 |" in card and "| steps | 1 |" in card
     counts = json.loads((tmp_path / "dataset.json").read_text())["counts"]
     assert counts == dict.fromkeys(camus.CLASS_NAMES, 1)
+
+
+def test_a_set_is_thrown_away_when_asked(generator, tmp_path):
+    before = write(generator, tmp_path / "set", 2, 2)
+    after = write(generator, tmp_path / "set", 1, 2, solver="DDIM", restart=True)
+    assert len(before) == 8 and len(after) == 4 == len(
+        list((tmp_path / "set" / "images").iterdir())
+    )
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("no set")
+    write(generator, tmp_path / "mine", 1, 2, restart=True)
+    assert (tmp_path / "mine" / "notes.txt").exists(), "only a set is thrown away"
 
 
 def test_datasets_reads_the_image_folder(generator, tmp_path, monkeypatch):
