@@ -297,7 +297,7 @@ def test_a_plain_script_needs_no_main_guard(tmp_path):
     """Spawned processes would run the script again, each the same, for ever."""
     script = tmp_path / "script.py"
     script.write_text(
-        "print('begin')\nfrom diffecho_utils import profiles\n"
+        "print('begin')\nfrom diffecho_utils import chapter\n"
         "chapter.begin('smoke', '')\nprint('end')\n"
     )
     (tmp_path / "data").mkdir()

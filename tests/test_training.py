@@ -149,7 +149,7 @@ SCRIPT = """
 import sys, torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from diffecho_utils import models, profiles, training
+from diffecho_utils import models, objectives, profiles, training
 from diffecho_utils.profiles import Recipe
 torch.set_num_threads(1)
 torch.manual_seed(0)
