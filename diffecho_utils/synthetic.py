@@ -389,7 +389,7 @@ recorded from a patient. **For research and teaching. Not for clinical use.**
   to, 0 background, 1 cavity of the left ventricle, 2 myocardium, 3 left atrium.
 - `metadata.csv`: one row an image: {", ".join(f"`{name}`" for name in METADATA)}.
 - `datasets.load_dataset("imagefolder", data_dir=FOLDER)` reads it, and so does
-  `diffecho_utils.sampling.read_synthetic`.
+  `diffecho_utils.synthetic.read`.
 
 ## Licence and citation
 
