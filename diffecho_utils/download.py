@@ -37,10 +37,10 @@ def download(dest, accept_licence=False, urls=URLS, patients=500, progress=None,
     """Download the official NIfTI release to the new folder `dest` and verify what is in it.
 
     Archives lie beside `dest` until all is well: an interrupted download goes on where the server
-    allows it (HTTP ranges; restart: from the beginning), and unpacking can be repeated without the network. Their checksums change
-    at each download, so the content is verified: `patients` patients, four frames and four label maps
-    each, readable, labels 0-3. `progress(done, total, unit)` is called after each MB (`total` None
-    where the server does not say it) and each frame.
+    allows it (HTTP ranges), and unpacking can be repeated without the network; restart: they are
+    thrown away first. Their checksums change at each download, so the content is verified: `patients`
+    patients, four frames and four label maps each, readable, labels 0-3. `progress(done, total, unit)`
+    is called after each MB (`total` None where the server does not say it) and each frame.
     Raises DiffEchoError for a licence not accepted, a connection that keeps breaking, what is no zip
     or an unsafe one, a full disk, and missing or unusable content.
     """
