@@ -20,6 +20,7 @@ import papermill
 import publish
 import pytest
 import yaml
+from sphinx_external_toc.parsing import parse_toc_yaml
 
 from diffecho_utils import DiffEchoError, profiles, results
 
@@ -311,7 +312,8 @@ OPTIONAL = PROJECT["optional-dependencies"]
 
 
 def test_table_of_contents_lists_the_chapters_that_exist():
-    listed = [page for page in publish.toc(ROOT) if page.startswith("notebooks/")]
+    pages = parse_toc_yaml(ROOT / "_toc.yml")
+    listed = [page for page in pages if page.startswith("notebooks/")]
     assert listed == [f"notebooks/{path.stem}" for path in NOTEBOOKS]
 
 

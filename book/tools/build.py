@@ -31,6 +31,7 @@ import papermill
 import publish
 import torch
 from registry import hashes
+from sphinx_external_toc.parsing import parse_toc_yaml
 
 from diffecho_utils import DiffEchoError, assets, files, profiles, results
 from diffecho_utils.__main__ import said
@@ -40,11 +41,10 @@ from diffecho_utils.chapter import begin
 def build(data, profile, *, chapters=None, record=False, force=False, jobs=1, root=None):
     """Execute what changed, build the pages, and return the path of their index.html.
 
-    data: CAMUS in any form, or None for the phantom, written first where it is missing.
-    chapters: names such as "03_unconditional" to execute; the others keep their last execution.
-    record: the chapters write to data/results/<world>/<profile>, not to the build tree.
+    data: CAMUS in any form, or None for the phantom. chapters: names such as "03_unconditional" to
+    execute; the others keep their last execution. record: the chapters write to data/results.
     force: execute even what did not change. jobs: so many chapters at the same time, which share
-    the processor's cores between them. root: the checkout, found by default.
+    the processor's cores. root: the checkout, found by default.
 
     A chapter is executed again when its code, the package, the profile, the data, the shipped files
     or the pinned requirements changed; new prose needs no execution, nor does a checkout that moved.
@@ -52,12 +52,11 @@ def build(data, profile, *, chapters=None, record=False, force=False, jobs=1, ro
     chapter that raises, and for pages with warnings; the last good pages then stay as they were.
     """
     root = Path(root or assets.root()).resolve()
-    paths = [root / f"{page}.ipynb" for page in publish.toc(root)]
-    paths = [path for path in paths if path.is_file()]
-    names = [path.stem for path in paths]
-    unknown = set(chapters or ()) - set(names)
+    pages = [root / f"{page}.ipynb" for page in parse_toc_yaml(root / "_toc.yml")]
+    paths = {path.stem: path for path in pages if path.is_file()}
+    unknown = set(chapters or ()) - set(paths)
     if unknown:
-        raise DiffEchoError(f"no chapter {sorted(unknown)}; _toc.yml has {', '.join(names)}")
+        raise DiffEchoError(f"no chapter {sorted(unknown)}; _toc.yml has {', '.join(paths)}")
     print(f"book: {data or 'the phantom, written where it is missing'}", flush=True)
     table = begin(profile, data and Path(data).expanduser().resolve())[1]
     data, world = Path(table.attrs["root"]), table.attrs["world"]
@@ -65,8 +64,8 @@ def build(data, profile, *, chapters=None, record=False, force=False, jobs=1, ro
     records = root / "data" / "results" / world / profile if record else base / "results"
     parameters = {"data_root": data, "profile_name": profile, "results_dir": records}
     inputs = [profile, record, _inputs(root, data, world, records)]
-    plan = [_chapter(path, base, parameters, inputs) for path in paths]
-    outcomes = {each: _outcome(each, chapters or names, force) for each in plan}
+    plan = [_chapter(path, base, parameters, inputs) for path in paths.values()]
+    outcomes = {each: _outcome(each, chapters or paths, force) for each in plan}
 
     publish.copy_pages(root, base)
     waiting = [each for each, outcome in outcomes.items() if outcome == "executed"]
@@ -74,7 +73,7 @@ def build(data, profile, *, chapters=None, record=False, force=False, jobs=1, ro
 
     timings = {each.name: each.execution() for each in plan if each.executed.exists()}
     files.write_text(base / "timings.json", json.dumps(timings, indent=1) + "\n")
-    publish.write_status(timings, names, base / "source" / "book" / "_made" / "status.md")
+    publish.write_status(timings, paths, base / "source" / "book" / "_made" / "status.md")
     for each in plan:
         publish.publish(each, base / "source" / "notebooks")
     index = publish.make_pages(base)
@@ -95,17 +94,18 @@ def _inputs(root, data, world, records):
     package = root / "diffecho_utils"
     code = [*package.glob("*.py"), *package.glob("*.md"), *root.glob("requirements.txt")]
     shipped = set(_files(root / "data")) - set(records.glob("[0-9][0-9]_*"))
-    told_apart = Path.read_bytes if world == "phantom" else _size_and_time
+
+    def told_apart(path):
+        status = path.stat()
+        size_and_time = f"{status.st_size} {status.st_mtime_ns}".encode()
+        return path.read_bytes() if world == "phantom" else size_and_time
+
     return [*hashes(root, [*code, *shipped]), *hashes(data, _files(data), told_apart)]
 
 
 def _files(folder):
     """Paths of the files below a folder, behind links too."""
     return [Path(at, name) for at, _, names in os.walk(folder, followlinks=True) for name in names]
-
-
-def _size_and_time(path):
-    return f"{path.stat().st_size} {path.stat().st_mtime_ns}".encode()
 
 
 def _chapter(path, base, parameters, inputs):
@@ -120,7 +120,7 @@ def _chapter(path, base, parameters, inputs):
     cells = nbformat.read(path, as_version=4).cells
     depends = json.dumps([[c.source for c in cells if c.cell_type == "code"], *inputs])
     key = hashlib.sha256(depends.encode()).hexdigest()
-    return publish.Chapter(path, base / "executed" / path.name, key)
+    return publish.Chapter(path.stem, path, base / "executed" / path.name, key)
 
 
 def _outcome(chapter, chosen, force):
@@ -150,7 +150,8 @@ def _execute_all(chapters, jobs, base, parameters, noted):
         took = f", {before['seconds'] / 60:.1f} min last time" if before else ""
         print(f"[{number}/{len(chapters)}] {chapter.name}: executing{took}", flush=True)
         trouble = _execute(chapter, base, parameters, noted, environment, stop)
-        failures.extend(filter(None, [trouble]))
+        if trouble:
+            failures.append(trouble)
         print(f"  {chapter.name}: {'failed' if trouble else 'done'}", flush=True)
 
     with ThreadPoolExecutor(jobs) as pool:
@@ -235,10 +236,10 @@ def _papermill(path, parameters, cwd, environment, stop):
 def _raised(notebook):
     """Which cell of an execution raised what, in words; None where none did."""
     for cell in notebook.cells:
-        if cell.metadata.get("papermill", {}).get("exception"):
-            line = next((line for line in cell.source.splitlines() if line.strip()), "")
-            error = next(output for output in cell.outputs if output.output_type == "error")
-            return f"the cell `{line}` raised " + f"{error.ename}: {error.evalue}".splitlines()[0]
+        for output in cell.get("outputs", []):
+            if output.output_type == "error":
+                line = cell.source.strip().splitlines()[0]
+                return f"the cell `{line}` raised {output.ename}: {output.evalue}".splitlines()[0]
 
 
 def jobs_at_once():

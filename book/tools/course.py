@@ -41,13 +41,13 @@ def write(notebooks, out, revision=None):
 
 def _revision():
     found = results.revision()
-    remedy = "name what the copies shall install: `make course REVISION=v0.1.0`, a tag or a commit"
-    if found is None:
-        raise DiffEchoError(f"{results.ROOT}: nothing tells which commit this is; {remedy}")
-    if found.endswith("+"):
+    if found is None or found.endswith("+"):
+        what = "nothing tells which commit this is"
+        if found:
+            what = f"differs from commit {found[:7]}, which the copies would install; commit and push it"
         raise DiffEchoError(
-            f"{results.ROOT / 'diffecho_utils'}: differs from commit {found[:7]}, which the copies would "
-            f"install; commit and push what changed, or {remedy}"
+            f"{results.ROOT / 'diffecho_utils'}: {what}; or name what the copies shall install: "
+            "`make course REVISION=v0.1.0`, a tag or a commit"
         )
     if results.git("branch", "--remotes", "--contains", found) == "":
         print(f"note: commit {found[:7]} is in no branch of a remote; push it before they are used")

@@ -4,9 +4,9 @@ import io
 import shutil
 from pathlib import Path
 
-import publish
 from playwright.sync_api import sync_playwright
 from pypdf import PdfWriter
+from sphinx_external_toc.parsing import parse_toc_yaml
 
 from diffecho_utils import DiffEchoError, assets, files
 
@@ -25,7 +25,7 @@ def print_pages(html, out, pages=None):
     writer = PdfWriter()
     with sync_playwright() as play:
         page = play.chromium.launch(executable_path=path, args=["--no-sandbox"]).new_page()
-        for name in pages or publish.toc(assets.root()):
+        for name in pages or parse_toc_yaml(assets.root() / "_toc.yml"):
             page.goto((Path(html) / f"{name}.html").resolve().as_uri())
             page.evaluate("document.querySelectorAll('img').forEach(i => { i.loading = 'eager' })")
             page.wait_for_function("[...document.images].every(image => image.complete)")

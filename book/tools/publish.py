@@ -5,11 +5,11 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
 import nbformat
-from sphinx_external_toc.parsing import parse_toc_yaml
 
 from diffecho_utils import DiffEchoError, files, results
 
@@ -18,29 +18,15 @@ FOLDED = {"solution": "solution", "check": "check of your answer"}  # tag of a c
 
 @dataclass(frozen=True)
 class Chapter:
+    name: str
     source: Path
     executed: Path  # its last execution, if any
     key: str  # of everything that an execution depends on
-
-    @property
-    def name(self):
-        return self.source.stem
 
     def execution(self):
         """What was noted in `executed`: key, seconds, date, hardware, world, profile; None if never run."""
         if self.executed.exists():
             return dict(nbformat.read(self.executed, as_version=4).metadata["diffecho"])
-
-
-def toc(root):
-    """Names of all pages, without suffix, in the order of _toc.yml."""
-    pages = list(parse_toc_yaml(root / "_toc.yml"))
-    for page in pages:
-        if not any((root / f"{page}{suffix}").is_file() for suffix in (".md", ".ipynb")):
-            raise DiffEchoError(
-                f"{root / '_toc.yml'}: lists {page}, but there is no such .md or .ipynb"
-            )
-    return pages
 
 
 def copy_pages(root, base):
@@ -63,12 +49,11 @@ def write_status(timings, names, path):
     """The table of the page on the build's status: who was executed when, where, for how long, on what."""
     lines = ["| chapter | took | world, profile | when | on |", "|---|---|---|---|---|"]
     for name in names:
-        told = "not executed |  |  | "
-        if name in timings:
-            t = timings[name]
-            told = f"{t['world']}, {t['profile']} | {t['date']} | {t['hardware']}"
-            told = f"{_duration(t['seconds'])} | {told}"
-        lines.append(f"| [](../notebooks/{name}.ipynb) | {told} |")
+        told = ["not executed", "", "", ""]
+        if t := timings.get(name):
+            where = f"{t['world']}, {t['profile']}"
+            told = [_duration(t["seconds"]), where, t["date"], t["hardware"]]
+        lines.append(f"| [](../notebooks/{name}.ipynb) | {' | '.join(told)} |")
     total = _duration(sum(t["seconds"] for t in timings.values()))
     versions = results.provenance("")["versions"].items()
     lines += ["", f"All chapters one after the other: {total}. Versions: "]
@@ -111,8 +96,7 @@ def _fill(notebook, executed):
     for cell, run in zip(cells, runs, strict=True):
         cell.outputs, cell.execution_count = run.outputs, run.execution_count
         options = cell.metadata.setdefault("mystnb", {})
-        caption = _caption(run.outputs)
-        if caption:
+        if caption := _caption(run.outputs):
             options["image"] = {"alt": caption}
         tags = cell.metadata.get("tags", [])
         for what in [FOLDED[tag] for tag in tags if tag in FOLDED]:
@@ -130,9 +114,8 @@ def _caption(outputs):
             image = True
         elif image and data.get("text/markdown", "").lstrip().startswith("**Figure"):
             text = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", data["text/markdown"])
-            text = " ".join(re.sub(r"[*`$]", "", text).split())
-            return text if len(text) <= 250 else text[:249].rsplit(" ", 1)[0] + "…"
-    return None
+            whole = {"placeholder": "…", "break_on_hyphens": False}
+            return textwrap.shorten(re.sub(r"[*`$]", "", text), 250, **whole)
 
 
 def _tell_time(notebook, execution):
@@ -142,11 +125,9 @@ def _tell_time(notebook, execution):
         f"{execution['profile']} ([this build](../book/status.md))"
     )
     for cell in notebook.cells:
-        if cell.cell_type == "markdown":
-            guess = r"(?m)^\| Time \| [^;|]*?(?= ?[;|])"  # up to what dominates
-            cell.source, found = re.subn(guess, lambda _: took, cell.source, count=1)
-            if found:
-                return
+        if cell.cell_type == "markdown":  # the guess ends where it says what dominates
+            guess = r"(?m)^\| Time \| [^;|]*?(?= ?[;|])"
+            cell.source = re.sub(guess, lambda _: took, cell.source)
 
 
 def make_pages(base):
