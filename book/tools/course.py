@@ -50,7 +50,9 @@ def _revision():
             "`make course REVISION=v0.1.0`, a tag or a commit"
         )
     if results.git("branch", "--remotes", "--contains", found) == "":
-        print(f"note: commit {found[:7]} is in no branch of a remote; push it before they are used")
+        print(
+            f"note: commit {found[:7]} is in no branch of a remote; push it before the copies are used"
+        )
     return found
 
 
