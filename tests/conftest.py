@@ -4,11 +4,11 @@ import contextlib
 import functools
 import os
 import shutil
+import textwrap
 import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import build
 import pytest
 import torch
 from filelock import FileLock
@@ -75,6 +75,8 @@ def real_root():
 @pytest.fixture(scope="session")
 def built():
     """Folder of the whole book, made once at smoke size from the real frames, or the phantom without them."""
+    import build  # the book's tools need more packages than the package does
+
     note = assets.workspace() / "built-by-tests"  # which run of the tests, and where
     run = os.environ.get("PYTEST_XDIST_TESTRUNUID", "")
     with FileLock(note.with_suffix(".lock")):
@@ -84,6 +86,30 @@ def built():
         folder = build.build(root, "smoke", force=True).parent.parent
         note.write_text(f"{run}{folder}")
     return folder
+
+
+TRIAL = "import pytest\nwith pytest.raises((AssertionError, NotImplementedError), match='.{20}'):\n"
+
+
+@pytest.fixture(scope="session")
+def trial():
+    """Makes of a chapter the teacher's copy in which every check is first tried on the stub and has to fail."""
+    import course
+    from nbformat.v4 import new_code_cell
+
+    def trial(notebook):
+        copy, cells = course.teacher(notebook), []
+        stubs = {cell.id: cell.source for cell in course.student(notebook).cells}
+        checks = (cell.source for cell in copy.cells if "check" in cell.metadata.get("tags", []))
+        for cell in copy.cells:
+            if "solution" in cell.metadata.get("tags", []) and cell.id in stubs:
+                attempt = TRIAL + textwrap.indent(next(checks), "    ")
+                cells += [new_code_cell(stubs[cell.id]), new_code_cell(attempt)]
+            cells.append(cell)
+        copy.cells = cells
+        return copy
+
+    return trial
 
 
 @pytest.fixture(scope="session")

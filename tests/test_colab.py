@@ -6,7 +6,6 @@ import sys
 import sysconfig
 from pathlib import Path
 
-import course
 import nbformat
 import pytest
 
@@ -76,10 +75,10 @@ def test_package_is_the_installed_one(colab, python):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_chapter_runs_without_a_checkout(path, colab, tmp_path):
+def test_chapter_runs_without_a_checkout(path, colab, trial, tmp_path):
     """Its copy for teachers, with each check of an answer first tried on the student's stub."""
     out, copy = tmp_path / path.name, tmp_path / f"trial-{path.name}"
-    nbformat.write(course.trial(nbformat.read(path, as_version=4)), copy)
+    nbformat.write(trial(nbformat.read(path, as_version=4)), copy)
     options = ["-p", "profile_name", "smoke", "--kernel", "python3", "--no-progress-bar"]
     ran = colab("-m", "papermill", copy, out, *options)
     assert ran.returncode == 0, ran.stderr[-3000:]

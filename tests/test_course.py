@@ -1,6 +1,5 @@
 """Copies for a course: what a student gets, what a teacher gets, and checks that tell one from the other."""
 
-import re
 from pathlib import Path
 
 import course
@@ -12,6 +11,7 @@ from diffecho_utils import DiffEchoError, results
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+COMMIT = "0123456" + "a" * 33
 
 SOLUTION = """\
 import math
@@ -58,57 +58,43 @@ def test_student_gets_a_stub_and_no_answer(taught):
         assert kept not in text
     with pytest.raises(AssertionError, match="Exercise 1: `total` still to be found"):
         run(copy)
+    copy.cells[2].source = copy.cells[2].source.replace("total = ...", "total = 0")
+    with pytest.raises(NotImplementedError, match="exercise 1: write `area` first"):
+        run(copy)
     assert len(taught.cells) == 7 and taught.cells[2].source == SOLUTION, "only a copy"
 
 
-def test_an_unwritten_function_is_said(taught):
-    copy = course.student(taught)
-    for cell in copy.cells:
-        cell.source = cell.source.replace("total = ...", "total = 0")
-    with pytest.raises(NotImplementedError, match="exercise 1: write `area` first"):
-        run(copy)
-
-
-def test_wrong_answer_gets_the_hint(taught):
+def test_teacher_copy_and_trial_run_and_tell_what_is_wrong(taught, trial, capsys):
+    assert run(course.teacher(taught))["total"] > 15
+    run(trial(taught))
+    assert "Exercise 1: passed." in capsys.readouterr().out
     taught.cells[2].source = SOLUTION.replace("+", "-")
     with pytest.raises(AssertionError, match="add both areas"):
         run(course.teacher(taught))
-
-
-def test_teacher_copy_and_trial_run(taught, capsys):
-    assert run(course.teacher(taught))["total"] > 15
-    run(course.trial(taught))
-    assert "Exercise 1: passed." in capsys.readouterr().out
-
-
-def test_trial_refuses_a_check_that_the_stub_passes(taught):
     taught.cells[4].source = "from diffecho_utils import chapter"
-    with pytest.raises(RuntimeError, match="exercise 1 passes on the stub"):
-        run(course.trial(taught))
-
-
-def test_solution_without_a_check_is_refused(taught):
+    with pytest.raises(pytest.fail.Exception, match="DID NOT RAISE"):  # on the stub
+        run(trial(taught))
     del taught.cells[4]
     with pytest.raises(DiffEchoError, match="exercise 1: a solution and no cell tagged `check`"):
         course.student(taught)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_every_chapter_has_checked_exercises(path, tmp_path):
-    student, teacher = course.write([path], tmp_path, "v9.9.9")
-    copies = [nbformat.read(folder / path.name, as_version=4) for folder in (student, teacher)]
-    for copy in copies:
+def test_every_chapter_has_checked_exercises_and_no_outputs(path, tmp_path):
+    for cell in nbformat.read(path, as_version=4).cells:
+        assert not cell.get("outputs") and cell.get("execution_count") is None
+    folders = course.write([path], tmp_path, "v9.9.9")
+    student, teacher = (nbformat.read(folder / path.name, as_version=4) for folder in folders)
+    for copy in (student, teacher):
         nbformat.validate(copy)
         text = nbformat.writes(copy)
         assert "diffecho-book/archive/v9.9.9.zip" in text and "main.zip" not in text
-    checks = [cell for cell in copies[1].cells if "check" in cell.metadata.get("tags", [])]
-    assert len(checks) >= 3
-    hidden = [cell for cell in copies[0].cells if "solution" in cell.metadata.get("tags", [])]
-    assert not hidden and len(copies[0].cells) < len(copies[1].cells) + 1
+    assert len(tagged(teacher, "check")) >= 3
+    assert not tagged(student, "solution") and len(student.cells) <= len(teacher.cells)
 
 
-def installs(copy):
-    return re.findall(r"archive/(\S+)\.zip", copy.cells[0].source)
+def tagged(notebook, tag):
+    return [cell for cell in notebook.cells if tag in cell.metadata.get("tags", [])]
 
 
 @pytest.fixture
@@ -122,23 +108,24 @@ def at(taught, tmp_path, monkeypatch):
         monkeypatch.setattr(results, "revision", lambda: commit)
         monkeypatch.setattr(results, "git", lambda *_: branches)
         folders = course.write([tmp_path / "01_a.ipynb"], tmp_path)
-        return [installs(nbformat.read(f / "01_a.ipynb", as_version=4)) for f in folders]
+        copies = [nbformat.read(folder / "01_a.ipynb", as_version=4) for folder in folders]
+        return [copy.cells[0].source.rpartition("/")[2] for copy in copies]
 
     return at
 
 
 def test_copies_install_the_commit_of_the_checkout(at, capsys):
-    assert at("0123456" + "a" * 33) == [["0123456" + "a" * 33]] * 2
+    assert at(COMMIT) == [f"{COMMIT}.zip"] * 2
     assert not capsys.readouterr().out
-    at("0123456" + "a" * 33, branches="")
+    at(COMMIT, branches="")
     assert "0123456 is in no branch of a remote; push it" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("commit", [None, "0123456" + "a" * 33 + "+"])
-def test_copies_of_an_unknown_or_changed_package_are_not_written(at, commit, tmp_path):
-    with pytest.raises(
-        DiffEchoError, match="(?s)tells which commit|differs from commit 0123456,.*REVISION="
-    ):
+@pytest.mark.parametrize(
+    "commit, told", [(None, "which commit"), (f"{COMMIT}+", "differs from commit 0123456,")]
+)
+def test_copies_of_an_unknown_or_changed_package_are_not_written(at, commit, told, tmp_path):
+    with pytest.raises(DiffEchoError, match=f"{told}.*REVISION="):
         at(commit)
     assert not (tmp_path / "student").exists()
 

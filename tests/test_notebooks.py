@@ -5,7 +5,7 @@ import nbformat
 from diffecho_utils import assets, results
 
 
-def test_every_chapter_runs(built):
+def test_every_chapter_runs_and_its_figures_say_where_they_come_from(built):
     names = [path.stem for path in sorted((assets.root() / "notebooks").glob("*.ipynb"))]
     assert len(names) >= 3
     for name in names:
@@ -13,13 +13,9 @@ def test_every_chapter_runs(built):
         assert "Traceback (most recent call last)" not in page and page.count("<img") > 3
         record = results.load(built / "results" / f"{name}.json")
         assert record["profile"] == "smoke" and record["values"]
-
-
-def test_every_figure_has_a_caption_that_says_where_it_comes_from(built):
-    for path in sorted((built / "executed").glob("*.ipynb")):
-        for cell in nbformat.read(path, as_version=4).cells:
+        for cell in nbformat.read(built / "executed" / f"{name}.ipynb", as_version=4).cells:
             outputs = [output.get("data", {}) for output in cell.get("outputs", [])]
-            texts = [data["text/markdown"] for data in outputs if "text/markdown" in data]
-            captions = [text for text in texts if text.startswith("**Figure.**")]
+            captions = [data["text/markdown"] for data in outputs if "text/markdown" in data]
+            captions = [text for text in captions if text.startswith("**Figure.**")]
             assert len(captions) == sum("image/png" in data for data in outputs), cell.source
             assert all("Live" in text or "Recorded" in text for text in captions), captions

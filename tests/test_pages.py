@@ -9,12 +9,15 @@ from io import BytesIO
 from urllib.parse import unquote, urldefrag, urlsplit
 
 import numpy as np
-import pdf
 import pytest
 import yaml
 from PIL import Image
 
 from diffecho_utils import assets
+
+sync = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+pypdf = pytest.importorskip("pypdf", reason="pypdf is not installed")
+import pdf  # noqa: E402, needs them
 
 MEGABYTES = 2.0  # of a page with all that it loads, text compressed as servers of static pages do
 SECONDS = 2.0  # until a page is there, from a server on this machine
@@ -22,13 +25,12 @@ SECONDS = 2.0  # until a page is there, from a server on this machine
 
 @pytest.fixture(scope="module")
 def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     path = next(filter(None, map(shutil.which, pdf.BROWSERS)), None)
     if path is None:
         pytest.skip(
             f"no browser among {', '.join(pdf.BROWSERS)}; install one to test the pages in it"
         )
-    with playwright.sync_playwright() as play:
+    with sync.sync_playwright() as play:
         browser = play.chromium.launch(executable_path=path, args=["--no-sandbox"])
         yield browser
         browser.close()
@@ -39,6 +41,12 @@ def site(built, serve):
     """Address of a server of the built pages."""
     with serve(built / "html") as address:
         yield f"{address}/"
+
+
+@pytest.fixture
+def page(browser):
+    with browser.new_page() as page:
+        yield page
 
 
 class Visit:
@@ -54,20 +62,16 @@ class Visit:
         page.evaluate("document.querySelectorAll('img').forEach(i => { i.loading = 'eager' })")
         page.wait_for_load_state("networkidle")
         page.wait_for_function("[...document.images].every(image => image.complete)")
-        self.ready = page.evaluate(
-            "performance.getEntriesByType('navigation')[0].domContentLoadedEventEnd"
+        found = page.evaluate(
+            """({
+            ready: performance.getEntriesByType('navigation')[0].domContentLoadedEventEnd,
+            text: document.querySelector('main').innerText,
+            links: [...document.querySelectorAll('a[href]')].map(a => a.href),
+            anchors: [...document.querySelectorAll('[id], a[name]')].map(e => e.id || e.name),
+            pictures: [...document.querySelectorAll('.bd-article img')].map(i => [i.currentSrc, i.alt,
+                i.naturalWidth, i.checkVisibility() || i.closest('details') !== null])})"""
         )
-        self.text = page.inner_text("main")
-        self.links = page.evaluate("[...document.querySelectorAll('a[href]')].map(a => a.href)")
-        self.anchors = set(
-            page.evaluate(
-                "[...document.querySelectorAll('[id], a[name]')].map(e => e.id || e.name)"
-            )
-        )
-        self.pictures = page.evaluate(
-            "[...document.querySelectorAll('.bd-article img')].map(i => [i.currentSrc, i.alt, i.naturalWidth,"
-            " i.checkVisibility() || i.closest('details') !== null])"
-        )
+        vars(self).update(found)
 
     def note(self, response):
         if response.status >= 400:
@@ -75,9 +79,8 @@ class Visit:
             return
         body = response.body() if response.status == 200 else b""
         kind = response.headers.get("content-type", "")
-        self.bytes += len(
-            gzip.compress(body) if re.search("text|javascript|json|svg", kind) else body
-        )
+        text = re.search("text|javascript|json|svg", kind)
+        self.bytes += len(gzip.compress(body) if text else body)
         if kind.startswith("image/"):
             self.images[response.url] = body
 
@@ -85,15 +88,13 @@ class Visit:
 @pytest.fixture(scope="module")
 def visits(browser, site, built):
     """{page: its visit}, of all pages of the table of contents."""
-    pages = [p.relative_to(built / "html").as_posix() for p in (built / "html").rglob("*.html")]
-    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    names = [p.relative_to(built / "html").as_posix() for p in (built / "html").rglob("*.html")]
     found = {}
-    for name in sorted(pages):
-        if name != "index.html" and not name.startswith("_"):
-            page = context.new_page()
-            found[name] = Visit(page, site + name)
-            page.close()
-    context.close()
+    with browser.new_context(viewport={"width": 1280, "height": 900}) as context:
+        for name in sorted(names):
+            if name != "index.html" and not name.startswith("_"):
+                with context.new_page() as page:
+                    found[name] = Visit(page, site + name)
     return found
 
 
@@ -119,29 +120,14 @@ def test_every_picture_is_there_and_not_blank(visits):
     assert shown > 100
 
 
-def test_links_and_anchors_within_the_book_resolve(visits, site):
+def test_links_within_the_book_resolve_and_buttons_open_the_page_s_notebook(visits, site):
     for name, visit in visits.items():
         for link in visit.links:
-            if link.startswith(site):
-                target, anchor = urldefrag(link.removeprefix(site))
-                target = urlsplit(target).path
-                if target.endswith(".html") and target != "index.html":
-                    assert target in visits, (name, link)
-                    assert not anchor or unquote(anchor) in visits[target].anchors, (name, link)
-
-
-def test_pages_are_light_and_quick(visits, browser, site):
-    heavy = {n: f"{v.bytes / 1e6:.2f} MB" for n, v in visits.items() if v.bytes > 1e6 * MEGABYTES}
-    assert not heavy
-    slow = {name: visit.ready for name, visit in visits.items() if visit.ready > 1e3 * SECONDS}
-    for name in slow:  # once more, should the machine have been busy
-        page = browser.new_page()
-        slow[name] = min(Visit(page, site + name).ready for _ in range(3))
-        page.close()
-    assert not {name: ready for name, ready in slow.items() if ready > 1e3 * SECONDS}
-
-
-def test_launch_buttons_open_the_notebook_of_their_page(visits):
+            target, anchor = urldefrag(link.removeprefix(site))
+            target = urlsplit(target).path
+            if link.startswith(site) and target.endswith(".html") and target != "index.html":
+                assert target in visits, (name, link)
+                assert not anchor or unquote(anchor) in visits[target].anchors, (name, link)
     chapters = [name for name in visits if name.startswith("notebooks/")]
     assert len(chapters) >= 11
     for name in chapters:
@@ -150,13 +136,24 @@ def test_launch_buttons_open_the_notebook_of_their_page(visits):
         assert len(launch) == 2 and all(unquote(link).endswith(notebook) for link in launch), launch
 
 
-def test_search_finds(browser, site):
-    page = browser.new_page()
+def test_pages_are_light_and_quick(visits, browser, site):
+    heavy = {n: f"{v.bytes / 1e6:.2f} MB" for n, v in visits.items() if v.bytes > 1e6 * MEGABYTES}
+    assert not heavy
+    slow = {name: visit.ready for name, visit in visits.items() if visit.ready > 1e3 * SECONDS}
+    for name in slow:  # once more, should the machine have been busy
+        with browser.new_page() as page:
+            slow[name] = min(Visit(page, site + name).ready for _ in range(3))
+    assert not {name: ready for name, ready in slow.items() if ready > 1e3 * SECONDS}
+
+
+def test_search_finds_and_terms_show_their_definition(page, site):
     page.goto(site + "search.html?q=ControlNet")
     page.wait_for_selector("#search-results li a")
     found = page.eval_on_selector_all("#search-results li a", "links => links.map(a => a.href)")
     assert any("05_text_and_segmentation_guided" in link for link in found)
-    page.close()
+    page.goto(site + "book/intro.html")
+    title = page.get_attribute("a.reference:has(.std-term)", "title")
+    assert title.startswith("What the encoder makes of an image")
 
 
 def luminance(colour):
@@ -166,56 +163,39 @@ def luminance(colour):
     return linear @ [0.2126, 0.7152, 0.0722]
 
 
-def test_dark_theme_switches_and_is_legible(browser, site):
-    page = browser.new_page()
+def test_dark_theme_switches_and_is_legible(page, site):
     page.goto(site + "notebooks/03_unconditional.html")
     shades = {}
     for _ in range(4):
         theme = page.evaluate("document.documentElement.dataset.theme")
-        text, ground = page.evaluate(
+        colours = page.evaluate(
             "[getComputedStyle(document.querySelector('main p')).color,"
             " getComputedStyle(document.body).backgroundColor]"
         )
-        shades[theme] = luminance(text), luminance(ground)
+        shades[theme] = [luminance(colour) for colour in colours]
         page.locator(".theme-switch-button").first.click()
     assert set(shades) == {"light", "dark"}
     assert shades["dark"][0] > shades["dark"][1] and shades["light"][0] < shades["light"][1]
     for pair in shades.values():
         assert (max(pair) + 0.05) / (min(pair) + 0.05) > 4.5
-    page.close()
 
 
 def test_narrow_screen_has_no_sideways_scroll(browser, site, visits):
-    context = browser.new_context(viewport={"width": 390, "height": 844}, is_mobile=True)
     wide = {}
-    for name in visits:
-        page = context.new_page()
-        page.goto(site + name)
-        beyond = page.evaluate(
-            "document.scrollingElement.scrollWidth - document.documentElement.clientWidth"
-        )
-        if beyond > 1:
-            wide[name] = beyond
-        page.close()
-    context.close()
-    assert not wide
-
-
-def test_terms_show_their_definition(browser, site):
-    page = browser.new_page()
-    page.goto(site + "book/intro.html")
-    title = page.get_attribute("a.reference:has(.std-term)", "title")
-    assert title.startswith("What the encoder makes of an image")
-    page.close()
+    beyond = "document.scrollingElement.scrollWidth - document.documentElement.clientWidth"
+    with browser.new_context(viewport={"width": 390, "height": 844}, is_mobile=True) as context:
+        for name in visits:
+            with context.new_page() as page:
+                page.goto(site + name)
+                wide[name] = page.evaluate(beyond)
+    assert not {name: pixels for name, pixels in wide.items() if pixels > 1}
 
 
 def test_pages_are_printed_into_one_file(browser, built, tmp_path):
-    pypdf = pytest.importorskip("pypdf", reason="pypdf is not installed")
     names = ["book/intro", "notebooks/11_claims"]
     with ThreadPoolExecutor(1) as apart:  # from the browser of the other tests
         task = apart.submit(pdf.print_pages, built / "html", tmp_path / "book.pdf", names)
-        path = task.result()
-    printed = pypdf.PdfReader(path)
+    printed = pypdf.PdfReader(task.result())
     assert len(printed.outline) == 2 and len(printed.pages) > 10
     text = "".join(page.extract_text() for page in printed.pages)
     text = unicodedata.normalize("NFKC", text)  # the ligature of ff

@@ -41,13 +41,13 @@ def write(notebooks, out, revision=None):
 
 def _revision():
     found = results.revision()
-    remedy = "name what the copies shall install: `make course REVISION=v0.1.0`, a tag or a commit"
-    if found is None:
-        raise DiffEchoError(f"{results.ROOT}: nothing tells which commit this is; {remedy}")
-    if found.endswith("+"):
+    if found is None or found.endswith("+"):
+        what = "nothing tells which commit this is"
+        if found:
+            what = f"differs from commit {found[:7]}, which the copies would install; commit and push it"
         raise DiffEchoError(
-            f"{results.ROOT / 'diffecho_utils'}: differs from commit {found[:7]}, which the copies would "
-            f"install; commit and push what changed, or {remedy}"
+            f"{results.ROOT / 'diffecho_utils'}: {what}; or name what the copies shall install: "
+            "`make course REVISION=v0.1.0`, a tag or a commit"
         )
     if results.git("branch", "--remotes", "--contains", found) == "":
         print(
@@ -66,127 +66,80 @@ def pin(notebook, revision):
 def student(notebook):
     """A copy with stubs for solutions and without their discussion."""
     notebook = copy.deepcopy(notebook)
-    for part in _exercises(notebook):
-        stub = nbformat.v4.new_code_cell(_stub(part), id=part.solutions[0].id)
-        notebook.cells[notebook.cells.index(part.solutions[0])] = stub
-        for cell in part.solutions[1:]:
+    for number, solutions, check, discussion in _exercises(notebook):
+        stub = _stub(number, solutions, check)
+        solutions[0].update(nbformat.v4.new_code_cell(stub, id=solutions[0].id))
+        for cell in discussion:  # a cell may go on to the next heading
+            cell.source = "".join(re.findall(r"(?ms)^##.*", cell.source))
+        for cell in solutions[1:] + [cell for cell in discussion if not cell.source]:
             notebook.cells.remove(cell)
-        for cell in part.discussion:
-            cell.source = _from_heading(cell.source)
-            if not cell.source:
-                notebook.cells.remove(cell)
     return notebook
 
 
 def teacher(notebook):
     """A copy as the chapter is, with a line above each solution that says what it is."""
     notebook = copy.deepcopy(notebook)
-    for part in _exercises(notebook):
-        cell = part.solutions[0]
-        cell.source = f"# Solution of exercise {part.number}\n{cell.source}"
+    for number, solutions, _, _ in _exercises(notebook):
+        solutions[0].source = f"# Solution of exercise {number}\n{solutions[0].source}"
     return notebook
-
-
-def trial(notebook):
-    """The teacher's copy in which every check is first tried on the stub and has to fail there."""
-    notebook = teacher(notebook)
-    for part in _exercises(notebook):
-        attempt = f"""
-try:
-{_indented(part.check.source)}
-except (AssertionError, NotImplementedError) as error:
-    assert len(str(error)) > 20, "a check says what is amiss"
-else:
-    raise RuntimeError("the check of exercise {part.number} passes on the stub")"""
-        cells = [nbformat.v4.new_code_cell(text) for text in (_stub(part), attempt.strip())]
-        where = notebook.cells.index(part.solutions[0])
-        notebook.cells[where:where] = cells
-    return notebook
-
-
-class _Exercise:
-    """The cells of one exercise."""
-
-    def __init__(self, number):
-        self.number, self.solutions, self.check, self.discussion = number, [], None, []
 
 
 def _exercises(notebook):
-    """The exercises that have a solution, in order; DiffEchoError for one without a check."""
-    found, current = [], None
+    """The exercises that have a solution, in order: (number, cells of the solution, check, discussion)."""
+    found = [(None, [], [], [])]  # what lies outside of exercises comes to one without a number
     for cell in notebook.cells:
+        number, solutions, checks, discussion = found[-1]
         tags = cell.metadata.get("tags", [])
         if cell.cell_type == "markdown":
+            if solutions:
+                discussion.append(cell)
             headings = re.findall(r"(?m)^(?:### Exercise (\d+)|## )", cell.source)
-            if current and current.solutions:
-                current.discussion.append(cell)
-            if headings:
-                current = _Exercise(int(headings[-1])) if headings[-1] else None
-                if current:
-                    found.append(current)
-        elif current and "solution" in tags:
-            current.solutions.append(cell)
-        elif current and "check" in tags:
-            current.check = cell
-    found = [part for part in found if part.solutions]
-    for part in found:
-        if part.check is None:
-            raise DiffEchoError(f"exercise {part.number}: a solution and no cell tagged `check`")
-    return found
+            found += [(int(name) if name else None, [], [], []) for name in headings]
+        elif "solution" in tags:
+            solutions.append(cell)
+        elif "check" in tags:
+            checks.append(cell)
+    for number, solutions, checks, discussion in found:
+        if number and solutions:
+            if not checks:
+                raise DiffEchoError(f"exercise {number}: a solution and no cell tagged `check`")
+            yield number, solutions, checks[-1], discussion
 
 
-def _stub(part):
+def _stub(number, solutions, check):
     """What a student starts from: imports, functions without their bodies, answers without values."""
     lines, functions = [], set()
-    for statement in ast.parse("\n".join(cell.source for cell in part.solutions)).body:
+    for statement in ast.parse("\n".join(cell.source for cell in solutions)).body:
         if isinstance(statement, (ast.Import, ast.ImportFrom)):
             lines.append(ast.unparse(statement))
         elif isinstance(statement, ast.FunctionDef):
             functions.add(statement.name)
-            lines += ["", *_bare(statement, part.number), ""]
+            message = f"exercise {number}: write `{statement.name}` first"
+            told = statement.body[:1] if ast.get_docstring(statement) else []
+            statement.body = told + ast.parse(f"raise NotImplementedError({message!r})").body
+            lines += ["", ast.unparse(statement), ""]
     answers = [
         keyword.arg
-        for node in ast.walk(ast.parse(part.check.source))
+        for node in ast.walk(ast.parse(check.source))
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "chapter.exercise"
         for keyword in node.keywords
     ]
     lines += [f"{name} = ..." for name in answers if name not in functions]
-    text = "\n".join([f"# Exercise {part.number}: your answer; the next cell checks it", *lines])
+    text = "\n".join([f"# Exercise {number}: your answer; the next cell checks it", *lines])
     return re.sub(r"\n{3,}", "\n\n", text).strip()
 
 
-def _bare(function, number):
-    """Lines of a function that only has its signature and docstring."""
-    told = ast.get_docstring(function, clean=False)
-    message = f"exercise {number}: write `{function.name}` first"
-    bare = copy.deepcopy(function)
-    bare.body = [ast.Expr(ast.Constant(told))] if told else []
-    bare.body += ast.parse(f"raise NotImplementedError({message!r})").body
-    return ast.unparse(ast.fix_missing_locations(bare)).splitlines()
-
-
-def _from_heading(source):
-    """The text from its first heading on; nothing where there is none."""
-    found = re.search(r"(?m)^##", source)
-    return source[found.start() :] if found else ""
-
-
-def _indented(source):
-    return "\n".join(f"    {line}" if line else "" for line in source.splitlines())
-
-
-def main(arguments=None):
+def main():
     """The command line of `make course`."""
     parser = ArgumentParser(description="Copies of the chapters for students and teachers.")
-    parser.add_argument("--out", type=Path, help="default: _build/course")
+    parser.add_argument("--out", help="default: _build/course")
     parser.add_argument("--revision", help="tag or commit that they install; default: this commit")
-    options = parser.parse_args(arguments)
+    options = parser.parse_args()
 
     def run():
         notebooks = sorted((assets.root() / "notebooks").glob("*.ipynb"))
-        for folder in write(
-            notebooks, options.out or assets.workspace() / "course", options.revision
-        ):
+        out = options.out or assets.workspace() / "course"
+        for folder in write(notebooks, out, options.revision):
             print(f"wrote {len(notebooks)} chapters to {folder}")
 
     return said(run)

@@ -8,13 +8,15 @@ from diffecho_utils import assets, files
 
 def write_registry(folder, path=assets.REGISTRY):
     """Write "path sha256" of each file below `folder`, hidden ones left out, to `path`."""
-    folder = Path(folder)
-    shipped = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
-    lines = [
-        f"{p.relative_to(folder).as_posix()} {hashlib.sha256(p.read_bytes()).hexdigest()}\n"
-        for p in shipped
-    ]
-    files.write_text(path, "".join(lines))
+    shipped = [p for p in Path(folder).rglob("*") if p.is_file() and not p.name.startswith(".")]
+    files.write_text(path, "\n".join([*hashes(folder, shipped), ""]))
+
+
+def hashes(folder, paths, told_apart=Path.read_bytes):
+    """A line "path sha256" for each of some files below `folder`: of its bytes, or what stands for them."""
+    for path in sorted(paths):
+        digest = hashlib.sha256(told_apart(path)).hexdigest()
+        yield f"{path.relative_to(folder).as_posix()} {digest}"
 
 
 if __name__ == "__main__":
