@@ -121,10 +121,12 @@ def _fault(mask, transposed):
 
 def _order(mask, atrium):
     """The labels that lie as cavity, myocardium and atrium do: the wall around the first, not the last."""
-    border = np.zeros((4, 4))  # [a, b]: pixels of label a beside one of label b
-    for some, next_to in ((mask[1:], mask[:-1]), (mask[:, 1:], mask[:, :-1])):
-        np.add.at(border, (some, next_to), 1)
-    border += border.T
+    pairs = np.zeros(
+        16, int
+    )  # at 4 a + b: pixels of label a below, or to the right of, one of label b
+    for some, others in ((mask[1:], mask[:-1]), (mask[:, 1:], mask[:, :-1])):
+        pairs += np.bincount((4 * some + others).ravel(), minlength=16)
+    border = pairs.reshape(4, 4) + pairs.reshape(4, 4).T
     np.fill_diagonal(border, 0)
     share = border / np.maximum(border.sum(1, keepdims=True), 1)  # of a label's whole border
     orders = itertools.permutations((1, 2, 3)) if atrium else [(1, 2, 3), (2, 1, 3)]

@@ -207,7 +207,7 @@ def test_dealt_folds_partition_the_patients_and_are_stratified():
     table.loc[table["view"] == "4CH", "quality"] = "Good"  # the better view of each patient
     table.attrs["root"] = "nowhere"
     splits = pd.DataFrame({n: splits_of(camus.by_fold(table, n)) for n in range(1, 11)})
-    assert (splits == "testing").sum(1).eq(1).all() and (splits == "validation").sum(1).eq(1).all()
+    assert all((splits == part).sum(axis=1).eq(1).all() for part in ("testing", "validation"))
     assert all(
         ((splits[n] == "validation") == (splits[n % 10 + 1] == "testing")).all() for n in splits
     )
