@@ -24,6 +24,7 @@ import time
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -273,8 +274,7 @@ def _heart(patient, view, beat):
     narrowed = np.sqrt((1 - patient.ejection_fraction) / shortened)
     narrowed *= 1 + 0.03 * view.shape.narrowing
     levels = np.linspace(0, 1, 121) ** 2  # dense where the apex is round
-    relaxed = _borders(view, 0, levels)
-    contracted = _borders(view, 1, levels) * narrowed
+    relaxed, contracted = _borders(view, 0, levels), _borders(view, 1, levels) * narrowed
     left, right = (1 - beat) * relaxed + beat * contracted
     length = patient.length * (1 - beat * (1 - shortened))
     # The base comes up to the apex, which stays nearly in place.
@@ -282,33 +282,29 @@ def _heart(patient, view, beat):
     axis_before, axis = (np.array([np.sin(tilt), np.cos(tilt)]) for tilt in tilts)
     base = patient.length - 0.78 * (patient.length - length)
     origin = view.apex + base * axis_before - length * axis
-    # The muscle about keeps its area: what the contour loses in length, the wall gains in thickness.
-    perimeters = [
-        np.hypot(np.diff(patient.length * along * levels), np.diff(borders)).sum()
-        for borders, along in ((relaxed, 1), (contracted, shortened))
-    ]
-    thickest = 0.94 * np.exp(0.075 * view.shape.thickening) * perimeters[0] / perimeters[1]
-    inner = np.stack([_around(levels, levels) * length, _around(left, right)], 1)
-    outer = inner + _normals(inner) * _walls(view, inner[:, :1] / length) * (
-        1 + beat * (thickest - 1)
+    # Around the cavity: up its left border to the apex, and down the right one.
+    inner = np.stack([np.r_[levels[:0:-1], levels] * length, np.r_[left[:0:-1], right]], 1)
+    tangent = np.gradient(inner, axis=0)
+    outwards = np.stack([-tangent[:, 1], tangent[:, 0]], 1) / np.hypot(*tangent.T)[:, None]
+    # Its wall passes smoothly from the apex's thickness into the sides'. Muscle about keeps its area:
+    # what the contour loses in length, the wall gains in thickness.
+    left_wall, apex_wall, right_wall = view.walls
+    sides = np.where(np.arange(len(inner))[:, None] < len(levels), left_wall, right_wall)
+    part = np.clip(inner[:, :1] / (0.4 * length), 0, 1)
+    wall = apex_wall + (sides - apex_wall) * part * part * (3 - 2 * part)
+    before, after = (
+        np.hypot(np.diff(patient.length * share * levels), np.diff(borders)).sum()
+        for borders, share in ((relaxed, 1), (contracted, shortened))
     )
+    thickened = 0.94 * np.exp(0.075 * view.shape.thickening) * before / after
+    outer = inner + outwards * wall * (1 + beat * (thickened - 1))
     septum = outer[: len(levels)][::-1]  # from the apex on
+    septum = np.interp(levels, septum[:, 0] / length, septum[:, 1])
     centre = 0.6 * length, float(np.interp(0.6, levels, (left + right) / 2))
     return _Heart(
-        view=view,
-        beat=beat,
-        length=length,
-        width=float(np.max(right - left)),
-        origin=tuple(origin.tolist()),
-        axis=tuple(axis.tolist()),
-        levels=levels,
-        left=left,
-        right=right,
-        septum=np.interp(levels, septum[:, 0] / length, septum[:, 1]),
-        centre=centre,
-        inner=_star(inner, centre),
-        outer=_star(outer, centre),
-    )
+        view, beat, length, float(np.max(right - left)), tuple(origin.tolist()), tuple(axis.tolist()),
+        levels, left, right, septum, centre, _star(inner, centre), _star(outer, centre),
+    )  # fmt: skip
 
 
 def _borders(view, phase, levels):
@@ -323,25 +319,6 @@ def _borders(view, phase, levels):
     return np.stack([middle - half * left, middle + half * right]) * view.width
 
 
-def _around(left, right):
-    """Of values from apex to base on either side: the left ones from the base up, the right ones down again."""
-    return np.concatenate([left[:0:-1], right])  # the apex, where both begin, once
-
-
-def _normals(contour):
-    """Unit vectors that point out of a contour (N, 2)."""
-    tangent = np.gradient(contour, axis=0)
-    return np.stack([-tangent[:, 1], tangent[:, 0]], 1) / np.hypot(*tangent.T)[:, None]
-
-
-def _walls(view, levels):
-    """Thickness at end-diastole around the cavity (N, 1): the apex's passes smoothly into the sides'."""
-    left, apex, right = view.walls
-    part = np.clip(levels / 0.4, 0, 1)
-    side = np.where(np.arange(len(levels))[:, None] <= len(levels) // 2, left, right)
-    return apex + (side - apex) * part * part * (3 - 2 * part)
-
-
 def _star(contour, centre):
     """(angle, radius) about the centre, the contour's open ends led on past the mitral plane."""
     ends = contour[[0, -1]] + [0.5 * np.ptp(contour[:, 0]), 0]
@@ -351,25 +328,14 @@ def _star(contour, centre):
     return angle[order], np.hypot(along, across)[order]
 
 
-@dataclass(frozen=True)
-class _Structures:
-    """What lies at each point of a grid, and how far it is from the borders: fields of one shape."""
-
-    cavity: np.ndarray  # boolean: the labels
-    wall: np.ndarray
-    atrium: np.ndarray
-    along: np.ndarray  # mm
-    across: np.ndarray
-    angle: np.ndarray  # about the cavity's centre, 0 towards the apex
-    below: np.ndarray  # mm below the mitral plane
-    depth: np.ndarray  # in the wall: 0 at its inner border, 1 at the outer one
-    outside: np.ndarray  # mm outside of the wall
-    beyond: np.ndarray  # mm outside of the atrium
-    down: np.ndarray  # along the atrium's own axis: 0 at the mitral plane, 1 at its roof
-    aside: np.ndarray  # mm across it
-
-
 def _structures(heart, lateral, depth):
+    """What lies at points of a grid (mm), and how far from the borders: a namespace of fields of its shape.
+
+    cavity, wall, atrium: boolean, the labels. along, across: mm. angle: about the cavity's centre, 0
+    towards the apex. below: mm below the mitral plane. through: the wall, 0 at its inner border, 1 at the
+    outer one. outside, beyond: mm outside of the wall, of the atrium. down, aside: along the atrium's own
+    axis, 0 at the mitral plane, and mm across it.
+    """
     view, shape, four = heart.view, heart.view.shape, heart.view.name == "4CH"
     x, y = lateral - heart.origin[0], depth - heart.origin[1]
     along = x * heart.axis[0] + y * heart.axis[1]
@@ -383,57 +349,44 @@ def _structures(heart, lateral, depth):
     lip = 0.06 * heart.length * np.sqrt(np.clip(1 - (2 * through - 1) ** 2, 0, 1))
     wall = (through >= 0) & (through < 1) & (below < lip)  # with rounded ends
     # Left atrium: a superellipse hung from the mitral plane, its axis nearer to the vertical.
-    ends = 0.79 * np.exp(0.13 * shape.filling), 0.925 * np.exp(0.06 * shape.filling)
-    length, width = (
-        mm * (diastole + (1 - diastole) * heart.beat)
-        for mm, diastole in zip(view.atrium, ends, strict=True)
-    )
+    long, wide = 0.79 * np.exp(0.13 * shape.filling), 0.925 * np.exp(0.06 * shape.filling)
+    length = view.atrium[0] * (long + (1 - long) * heart.beat)
+    width = view.atrium[1] * (wide + (1 - wide) * heart.beat)
     shift = -0.1 if four else 0
     middle = float(heart.left[-1] + heart.right[-1]) / 2 + shift * heart.width
     hinge = heart.place(heart.length, middle)
     tilt = float(0.5 * np.arctan2(*heart.axis) + 0.1 * shape.atrial_tilt + shift)
     x, y = lateral - hinge[0], depth - hinge[1]
     down = (x * np.sin(tilt) + y * np.cos(tilt)) / length
-    aside = x * np.cos(tilt) - y * np.sin(tilt)
-    aside = aside + 0.15 * shape.atrial_bend * width * down * (1 - down)
-    level = np.abs((down - 0.42) / 0.58) ** 2.6 + np.abs(2 * aside / width) ** 2.6
-    level = level ** (1 / 2.6)  # 1 at the atrium's border
-    return _Structures(
-        cavity=(radius < inner) & (below < 0),
-        wall=wall,
-        atrium=(level < 1) & (below >= 0) & ~wall,
-        along=along,
-        across=across,
-        angle=angle,
-        below=below,
-        depth=through,
-        outside=radius - outer,
-        beyond=(level - 1) * width / 2,
-        down=down,
-        aside=aside,
-    )
+    bend = 0.15 * shape.atrial_bend * width * down * (1 - down)
+    aside = x * np.cos(tilt) - y * np.sin(tilt) + bend
+    ring = np.abs((down - 0.42) / 0.58) ** 2.6 + np.abs(2 * aside / width) ** 2.6
+    ring = ring ** (1 / 2.6)  # 1 at the atrium's border
+    return SimpleNamespace(
+        cavity=(radius < inner) & (below < 0), wall=wall, atrium=(ring < 1) & (below >= 0) & ~wall,
+        along=along, across=across, angle=angle, below=below, through=through,
+        outside=radius - outer, beyond=(ring - 1) * width / 2, down=down, aside=aside,
+    )  # fmt: skip
 
 
 def _right_heart(heart, there):
     """(blood, walls) of right ventricle and atrium in a four-chamber view, as boolean fields."""
     level, (width, atrial_width) = there.along / heart.length, heart.view.right_heart
     septum = np.float32(np.interp(level, heart.levels, heart.septum))
-    share = (septum - there.across) / (
-        width * (1 - 0.2 * heart.beat)
-    )  # of the way to the free wall
-    reach = np.clip((level - 0.12) / 0.88, 0, 1) ** 0.6  # where it begins, nearer towards the apex
-    ventricle = (level > 0.12) & (level < 0.95) & (share > 0)
+    free = (septum - there.across) / (width * (1 - 0.2 * heart.beat))  # 0 at the septum
+    reach = np.clip((level - 0.12) / 0.88, 0, 1) ** 0.6  # of the free wall, nearer at the apex
+    ventricle = (level > 0.12) & (level < 0.95) & (free > 0)
     middle = -(heart.view.atrium[1] + atrial_width) / 2 - 4  # 4 mm of septum between the atria
-    border = np.abs((there.down - 0.4) / 0.52) ** 2.4
-    border = border + np.abs(2 * (there.aside - middle) / atrial_width) ** 2.4
+    ring = np.abs((there.down - 0.4) / 0.52) ** 2.4
+    ring = ring + np.abs(2 * (there.aside - middle) / atrial_width) ** 2.4
     atrium = (level > 0.98) & ~there.atrium
-    blood = (ventricle & (share < reach)) | (atrium & (border < 1))
-    return blood, ((ventricle & (share < reach + 0.13)) | (atrium & (border < 1.4))) & ~blood
+    blood = (ventricle & (free < reach)) | (atrium & (ring < 1))
+    return blood, ((ventricle & (free < reach + 0.13)) | (atrium & (ring < 1.4))) & ~blood
 
 
 def _valves(heart, rng):
     """Small bright structures as rows of (lateral, depth, size in mm, echo amplitude)."""
-    points = []
+    spots = []
     valves = [(heart.left[-1], heart.right[-1], heart.length)]
     if heart.view.name == "4CH":  # tricuspid, a little nearer to the apex
         septum = heart.septum[-1]
@@ -443,20 +396,19 @@ def _valves(heart, rng):
         for hinge, sign in ((left, 1), (right, -1)):
             reach, opening = abs(meet - hinge), (1 - heart.beat) * rng.uniform(0.2, 1)
             for p in np.linspace(0, 1, 14):  # from hinge to tip: closed, a flat tent; open, a gate
-                along = base - reach * ((1 - opening) * 0.15 * np.sin(2 * p) + opening * 0.9 * p)
-                across = hinge + sign * reach * p * (1 - opening + opening * (0.2 + 0.3 * p))
-                size, strength = rng.uniform(0.7, 1.5), rng.gamma(1.5, 0.6)
-                points.append((*heart.place(along, across), size, strength))
+                up = reach * ((1 - opening) * 0.15 * np.sin(2 * p) + opening * 0.9 * p)
+                inwards = sign * reach * p * (1 - opening + opening * (0.2 + 0.3 * p))
+                place = heart.place(base - up, hinge + inwards)
+                spots.append((*place, rng.uniform(0.7, 1.5), rng.gamma(1.5, 0.6)))
             for _ in range(4):  # the fibrous ring
-                along, across = base + rng.normal(0, 3), hinge - sign * rng.uniform(-1, 7)
-                size, strength = rng.uniform(1.5, 4), rng.uniform(0.3, 1.4)
-                points.append((*heart.place(along, across), size, strength))
+                place = heart.place(base + rng.normal(0, 3), hinge - sign * rng.uniform(-1, 7))
+                spots.append((*place, rng.uniform(1.5, 4), rng.uniform(0.3, 1.4)))
     for border in (heart.left, heart.right):  # papillary muscles and chords, in the cavity's label
         for level in np.linspace(0.35, 0.75, 9):
             across = np.interp(level, heart.levels, border) * rng.normal(0.7, 0.05)
             place = heart.place(level * heart.length, across)
-            points.append((*place, 1.5, rng.uniform(0.1, 0.5)))
-    return points
+            spots.append((*place, 1.5, rng.uniform(0.1, 0.5)))
+    return spots
 
 
 # --- the machine ----------------------------------------------------------------------------------
@@ -561,7 +513,9 @@ def _echo(patient, heart, there, theta, use):
         right_blood, right_wall = _right_heart(heart, there)
         around[right_wall] = (1 + 4 * patches + 3 * grain)[right_wall]
         blood = blood | right_blood
-    muscle = rng.normal(2, 1) + rng.normal(0, 2) * (2 * there.depth - 1) - 2.5 * np.sin(there.angle)
+    muscle = (
+        rng.normal(2, 1) + rng.normal(0, 2) * (2 * there.through - 1) - 2.5 * np.sin(there.angle)
+    )
     db = np.where(there.wall, muscle + 3.5 * patches + 3.5 * spots + 4.5 * grain, around)
     border = there.wall | ((np.abs(there.outside) < 8) & (there.below < 3))
     if "pericardium" in use:
@@ -637,12 +591,14 @@ def _add_spot(amplitude, patient, lateral, depth, size, strength):
     angle = np.arctan2(lateral, depth) / patient.half_angle
     row, column = r / patient.depth * (RANGES - 1), (angle + 1) / 2 * (BEAMS - 1)
     tall, wide = size / patient.depth * RANGES, size / r / (2 * patient.half_angle) * BEAMS
-    top, bottom = (max(int(row + sign * 3 * tall), 0) for sign in (-1, 1))
-    first, last = (max(int(column + sign * 3 * wide), 0) for sign in (-1, 1))
-    window = amplitude[top:bottom, first:last]
-    rows, columns = (np.arange(n) for n in window.shape)
-    vertical = np.exp(-0.5 * ((rows + top - row) / tall) ** 2)
-    window += strength * np.outer(vertical, np.exp(-0.5 * ((columns + first - column) / wide) ** 2))
+    top, first = max(int(row - 3 * tall), 0), max(int(column - 3 * wide), 0)
+    window = amplitude[top : max(int(row + 3 * tall), 0), first : max(int(column + 3 * wide), 0)]
+    rows, columns = (
+        np.arange(window.shape[0]) + top - row,
+        np.arange(window.shape[1]) + first - column,
+    )
+    spot = np.outer(np.exp(-0.5 * (rows / tall) ** 2), np.exp(-0.5 * (columns / wide) ** 2))
+    window += strength * spot
 
 
 @lru_cache(maxsize=8)
@@ -665,24 +621,24 @@ def _write_patient(root, seed, index, side, half_sequences):
     folder.mkdir(parents=True)
     diastolic, systolic = volumes(person)
     for name, view in person.views.items():
-
-        def save(end, image, mask, mm):
-            stem = f"{person.name}_{name}_{end}"  # noqa: B023
-            camus.write_nifti(folder / f"{stem}.nii.gz", image.astype(np.float32), mm, mm)
-            camus.write_nifti(folder / f"{stem}_gt.nii.gz", mask, mm, mm)
-
+        stem = f"{person.name}_{name}"
         for phase in PHASES:
-            save(phase, *frame(person, name, phase, side=side))
+            _save(folder / f"{stem}_{phase}", *frame(person, name, phase, side=side))
         if half_sequences:
             beats = np.linspace(0, 1, view.frames)
             film = [_render(person, view, beat, INGREDIENTS, side) for beat in beats]
-            images, masks, spacing = zip(*film, strict=True)
-            save("half_sequence", np.stack(images, -1), np.stack(masks, -1), spacing[0])
+            images, masks = (np.stack([shot[part] for shot in film], -1) for part in (0, 1))
+            _save(folder / f"{stem}_half_sequence", images, masks, film[0][2])
         (folder / f"Info_{name}.cfg").write_text(
             f"ED: 1\nES: {view.frames}\nNbFrame: {view.frames}\nSex: {person.sex}\nAge: {person.age}\n"
             f"ImageQuality: {view.quality}\nEF: {round(100 * (1 - systolic / diastolic))}\n"
             f"FrameRate: {person.frame_rate}\n"
         )
+
+
+def _save(stem, image, mask, mm):
+    for end, array in (("", image.astype(np.float32)), ("_gt", mask)):
+        camus.write_nifti(stem.with_name(f"{stem.name}{end}.nii.gz"), array, mm, mm)
 
 
 def _splits(patients, seed):
