@@ -216,9 +216,7 @@ def by_fold(table, fold, seed=0):
         rng = np.random.default_rng(seed)
         patients["tie"] = rng.permutation(len(patients))
         dealt = patients.sort_values(["quality", "ef", "tie"]).index
-        folds = [
-            number for _ in range(0, len(dealt), FOLDS) for number in rng.permutation(FOLDS) + 1
-        ]
+        folds = np.concatenate([rng.permutation(FOLDS) + 1 for _ in range(0, len(dealt), FOLDS)])
         parts = {fold: "testing", fold % FOLDS + 1: "validation"}
         splits = {who: parts.get(its, "training") for who, its in zip(dealt, folds, strict=False)}
     return table.assign(split=table["patient"].map(splits))
@@ -242,8 +240,9 @@ def grey_levels(ranges):
     """
     told = {path: r for path, r in ranges.items() if r[1] < r[2]}  # one value alone tells nothing
     if not told:
+        first = next(iter(ranges))
         raise DiffEchoError(
-            f"{next(iter(ranges))}: one grey value all over, as in every frame of the set; export them again"
+            f"{first}: one grey value all over, as in every frame; export them again"
         )
     whole = all(r[0] for r in told.values())
     lowest, highest = min(told, key=lambda p: told[p][1]), max(told, key=lambda p: told[p][2])
@@ -392,9 +391,7 @@ def _patients_dir(root):
     if folder.is_dir():
         if _patients(folder):
             return folder
-        raise DiffEchoError(
-            f"{folder}: no patientNNNN folder in it; was the archive unpacked wholly?"
-        )
+        raise DiffEchoError(f"{folder}: no patientNNNN folder in it; was all of it unpacked?")
     below = sorted(root.glob("*/database_nifti"))
     if where.name == "database_nifti":
         level, holder = "one level too low", where.parent
@@ -423,9 +420,7 @@ def _read_lists(paths):
             problems.append(f"{path}: no plain text; write it anew, in UTF-8, one patient a line")
             continue
         if not patients:
-            problems.append(
-                f"{path}: empty list; restore it, or delete it to go without this split"
-            )
+            problems.append(f"{path}: empty list; restore it, or delete it to go without a split")
         for patient in patients:
             other = splits.setdefault(patient, split)
             if other != split:
@@ -472,9 +467,8 @@ def _read_pair(root, patient, view, phase):
     for path, other in missing.items():
         raise DiffEchoError(f"{path}: missing beside {other.name}; copy it, or remove both")
     lateral, depth, eight_bit = _read_header(image)
-    return dict(
-        image=image, label_map=mask, lateral_mm=lateral, depth_mm=depth, eight_bit=eight_bit
-    )
+    found = dict(image=image, label_map=mask, eight_bit=eight_bit)
+    return found | dict(lateral_mm=lateral, depth_mm=depth)
 
 
 # --- files ----------------------------------------------------------------------------------------

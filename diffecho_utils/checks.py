@@ -57,18 +57,16 @@ def examine(root, progress=None):
     # Twice this sum is the log likelihood that left is left: problems are those of less than e^-9.
     if sum(np.mean(found) for found in sides.values()) < -4.5:
         fault = _ROTATED if table["transposed"].iloc[0] else "left and right exchanged"
-        problems.append(
-            f"{table['label_map'].iloc[0]}: {fault}, as the chambers of {len(sides)} views lie; {_TURN}"
-        )
+        first = table["label_map"].iloc[0]
+        problems.append(f"{first}: {fault}, as the chambers of {len(sides)} views lie; {_TURN}")
     return problems, notes
 
 
 def _notes(table):
     """What a user should know of the set as a whole."""
-    root, row = table.attrs["root"], table.iloc[0]
-    notes = [
-        f"{root}: grey scale: {table.attrs['greys']}; {row.black:g} is read as black, {row.white:g} as white"
-    ]
+    root, greys, row = table.attrs["root"], table.attrs["greys"], table.iloc[0]
+    scale = f"{row.black:g} is read as black, {row.white:g} as white"
+    notes = [f"{root}: grey scale: {greys}; {scale}"]
     if row.transposed:
         notes.append(f"{root}: stored as (depth, lateral), by the places of the chambers; read so")
     there = set(camus.class_index(table))
@@ -121,9 +119,7 @@ def _fault(mask, transposed):
 
 def _order(mask, atrium):
     """The labels that lie as cavity, myocardium and atrium do: the wall around the first, not the last."""
-    pairs = np.zeros(
-        16, int
-    )  # at 4 a + b: pixels of label a below, or to the right of, one of label b
+    pairs = np.zeros(16, int)  # at 4 a + b: pixels of label a below, or right of, one of label b
     for some, others in ((mask[1:], mask[:-1]), (mask[:, 1:], mask[:, :-1])):
         pairs += np.bincount((4 * some + others).ravel(), minlength=16)
     border = pairs.reshape(4, 4) + pairs.reshape(4, 4).T

@@ -45,9 +45,7 @@ def download(dest, accept_licence=False, urls=URLS, patients=500, progress=None,
     """
     dest = Path(dest)
     if not accept_licence:
-        raise DiffEchoError(
-            f"{LICENCE}\nNothing was downloaded: pass --accept-licence to accept this"
-        )
+        raise DiffEchoError(f"{LICENCE}\nNothing was downloaded: accept it by --accept-licence")
     for url in urls:
         if not url.startswith(("http://", "https://")):
             raise DiffEchoError(f"{url}: no web address; name that of the zip with --url http...")
@@ -170,7 +168,6 @@ def _content_problems(root, patients, progress):
     counts = table.groupby("patient").size()
     if len(counts) != patients:
         problems.append(f"{len(counts)} patients instead of {patients}")
-    expected = len(camus.CLASSES)
-    return problems + [
-        f"{p}: {n} frames instead of {expected}" for p, n in counts.items() if n != expected
-    ]
+    for patient, count in counts[counts != len(camus.CLASSES)].items():
+        problems.append(f"{patient}: {count} frames instead of {len(camus.CLASSES)}")
+    return problems

@@ -21,11 +21,9 @@ import json
 import os
 import shutil
 import time
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import numpy as np
 from joblib import Parallel, cpu_count, delayed
@@ -66,64 +64,11 @@ _MIDLINE = {
 }
 
 
-class Shape(NamedTuple):
-    """Standard normal deviates that make a view's contours its own, in the order they are drawn."""
-
-    taper: float  # of the ventricle: wide at the apex, narrow at the base
-    waist: float  # narrow in the middle
-    bend: float  # of its midline to the right
-    sway: float  # of its midline, to the right and back
-    left_bulge: float  # of the left border, in waves
-    left_wave: float  # whose length this changes
-    right_bulge: float
-    right_wave: float
-    mitral_slope: float
-    atrial_tilt: float
-    atrial_bend: float
-    narrowing: float  # of the ventricle in systole, beyond what its ejection fraction says
-    thickening: float  # of its wall
-    filling: float  # how large the atrium is at end-diastole already
-
-
-@dataclass(frozen=True)
-class View:
-    """What differs between the two apical views of a patient: millimetres, radians."""
-
-    name: str  # "2CH" or "4CH"
-    apex: tuple[float, float]  # inner apex at end-diastole, (lateral, depth); (0, 0) is the probe
-    tilt: float  # of the LV's long axis; positive: its base to the right of the picture
-    width: float  # largest inner width of the LV at end-diastole
-    walls: tuple[float, ...]  # thickness at end-diastole: left, apex, right
-    atrium: tuple[float, ...]  # left atrium at end-systole: length, width
-    right_heart: tuple[float, ...]  # widths of ventricle and atrium, drawn in 4CH only
-    shape: Shape
-    degradation: float  # 0: a perfect window between the ribs; 1: hardly any
-    quality: str  # "Good", "Medium", "Poor": `degradation` cut into CAMUS's proportions
-    dynamic_range: float  # decibels from black to white
-    brightness: float  # where in that range the myocardium lies, 0 to 1
-    gamma: float  # exponent of the grey map
-    frames: int  # of the half sequence
-    seed: tuple[int, ...]  # of scatterers, texture, shadows
-
-
-@dataclass(frozen=True)
-class Patient:
-    """What both views and both phases of a patient share."""
-
-    name: str
-    sex: str
-    age: int
-    ejection_fraction: float  # as drawn; the contours realise it to a few points: `volumes`
-    shortening: float  # share of the LV's length that it loses in systole
-    length: float  # mm, inner LV length at end-diastole
-    depth: float  # mm, of the sector
-    half_angle: float  # radians, of the sector
-    frame_rate: float
-    views: dict[str, View]
-
-
 def patient(seed, index):
-    """Patient number `index` (0, 1, ...) of the phantom `seed`: a `Patient`, not yet rendered."""
+    """Patient number `index` (0, 1, ...) of the phantom `seed`, not yet rendered: a namespace.
+
+    What both views and both phases share, and {name: view} `views` of what differs: mm, radians.
+    """
     rng = np.random.default_rng([seed, index])
     male = rng.random() < 0.66
     ef = _draw(rng, 0.49, 0.13, 0.2, 0.76)
@@ -139,33 +84,51 @@ def patient(seed, index):
     ):
         turn = np.radians(rng.normal(0, tilt[1]))
         lateral = depth * _draw(rng, lateral, 0.04, -0.25, 0.25) - 0.3 * length * np.sin(turn)
-        quality = 0.8 * window + 0.6 * rng.normal()  # standard normal, alike in both views
-        views[name] = View(
+        poor = 0.8 * window + 0.6 * rng.normal()  # standard normal, alike in both views
+        views[name] = SimpleNamespace(
             name=name,
+            # inner apex at end-diastole, (lateral, depth); (0, 0) is the probe
             apex=(float(lateral), depth * _draw(rng, 0.203, 0.046, 0.09, 0.34)),
-            tilt=float(np.radians(tilt[0]) + turn),
-            width=length * width * dilated * _vary(rng, 0.07, 0.1 * slender),
+            tilt=float(np.radians(tilt[0]) + turn),  # of the long axis; positive: base to the right
+            width=length * width * dilated * _vary(rng, 0.07, 0.1 * slender),  # at end-diastole
+            # thickness at end-diastole: left, apex, right
             walls=tuple(length * wall * _vary(rng, 0.08, 0.12 * thick) for wall in walls),
+            # at end-systole: length, width
             atrium=tuple(mm * _vary(rng, 0.11, 0.09 * large) for mm in atrium),
-            right_heart=tuple(mm * _vary(rng, 0.2) for mm in (34, 44)),
-            shape=Shape(*rng.normal(size=14).tolist()),
-            degradation=float(1 / (1 + np.exp(-1.2 * quality))),
-            quality="Good" if quality < -0.385 else "Medium" if quality < 0.878 else "Poor",
-            dynamic_range=_draw(rng, 55, 5, 42, 70),
-            brightness=_draw(rng, 0.52, 0.05, 0.36, 0.70),
-            gamma=_draw(rng, 1.3, 0.12, 1.0, 1.7),
-            frames=int(rng.integers(12, 23)),
-            seed=(seed, index, VIEWS.index(name)),
+            right_heart=tuple(mm * _vary(rng, 0.2) for mm in (34, 44)),  # widths, drawn in 4CH only
+            shape=SimpleNamespace(  # standard normal deviates that make the contours its own
+                taper=rng.normal(),  # of the ventricle: wide at the apex, narrow at the base
+                waist=rng.normal(),  # narrow in the middle
+                bend=rng.normal(),  # of its midline to the right
+                sway=rng.normal(),  # of its midline, to the right and back
+                left_bulge=rng.normal(),  # of the left border, in waves
+                left_wave=rng.normal(),  # whose length this changes
+                right_bulge=rng.normal(),
+                right_wave=rng.normal(),
+                mitral_slope=rng.normal(),
+                atrial_tilt=rng.normal(),
+                atrial_bend=rng.normal(),
+                narrowing=rng.normal(),  # in systole, beyond what the ejection fraction says
+                thickening=rng.normal(),  # of the wall in systole
+                filling=rng.normal(),  # how large the atrium is at end-diastole already
+            ),
+            degradation=float(1 / (1 + np.exp(-1.2 * poor))),  # 0: a perfect window; 1: hardly any
+            quality="Good" if poor < -0.385 else "Medium" if poor < 0.878 else "Poor",
+            dynamic_range=_draw(rng, 55, 5, 42, 70),  # decibels from black to white
+            brightness=_draw(rng, 0.52, 0.05, 0.36, 0.70),  # where in it the myocardium lies
+            gamma=_draw(rng, 1.3, 0.12, 1.0, 1.7),  # exponent of the grey map
+            frames=int(rng.integers(12, 23)),  # of the half sequence
+            seed=(seed, index, VIEWS.index(name)),  # of scatterers, texture, shadows
         )
-    return Patient(
+    return SimpleNamespace(
         name=f"patient{index + 1:04d}",
         sex="M" if male else "F",
         age=int(_draw(rng, 65, 14, 20, 93)),
-        ejection_fraction=ef,
-        shortening=0.285 * ef * _vary(rng, 0.22),
-        length=length,
-        depth=depth,
-        half_angle=float(np.radians(angle)),
+        ejection_fraction=ef,  # as drawn; the contours realise it to a few points: `volumes`
+        shortening=0.285 * ef * _vary(rng, 0.22),  # share of the LV's length lost in systole
+        length=length,  # inner LV length at end-diastole
+        depth=depth,  # of the sector
+        half_angle=float(np.radians(angle)),  # of the sector
         frame_rate=round(_draw(rng, 50, 8, 30, 80), 1),
         views=views,
     )
@@ -245,31 +208,14 @@ def ensure(root, patients=60, seed=0, progress=None):
 # the LV's long axis, (0, 0) its inner apex. A level is a share of that axis: 0 the apex, 1 the mitral plane.
 
 
-@dataclass(frozen=True)
-class _Heart:
-    """Contours of one view at one moment."""
-
-    view: View
-    beat: float
-    length: float  # of the cavity
-    width: float
-    origin: tuple[float, ...]  # inner apex (lateral, depth)
-    axis: tuple[float, ...]  # unit vector from apex to base (lateral, depth)
-    levels: np.ndarray  # and, across the axis at each of them,
-    left: np.ndarray  # the cavity's borders
-    right: np.ndarray
-    septum: np.ndarray  # the wall's outer border on the left
-    centre: tuple[float, float]  # (along, across), about which both contours are star-shaped:
-    inner: tuple[np.ndarray, np.ndarray]  # angle (0 towards the apex), radius
-    outer: tuple[np.ndarray, np.ndarray]
-
-    def place(self, along, across):
-        """(lateral, depth) of a point (along, across)."""
-        (lateral, depth), (right, down) = self.origin, self.axis
-        return lateral + along * right + across * down, depth + along * down - across * right
-
-
 def _heart(patient, view, beat):
+    """Contours of one view at one moment: a namespace.
+
+    length, width: of the cavity. origin: its apex, (lateral, depth); axis: the unit vector from there to
+    the base. levels, and at each of them, across the axis: left, right, the cavity's borders; septum, the
+    wall's outer border on the left. centre: (along, across), about which both contours, inner and outer,
+    are star-shaped: (angle, 0 towards the apex; radius).
+    """
     shortened = 1 - patient.shortening  # the widths take the rest of the contraction
     narrowed = np.sqrt((1 - patient.ejection_fraction) / shortened)
     narrowed *= 1 + 0.03 * view.shape.narrowing
@@ -301,10 +247,18 @@ def _heart(patient, view, beat):
     septum = outer[: len(levels)][::-1]  # from the apex on
     septum = np.interp(levels, septum[:, 0] / length, septum[:, 1])
     centre = 0.6 * length, float(np.interp(0.6, levels, (left + right) / 2))
-    return _Heart(
-        view, beat, length, float(np.max(right - left)), tuple(origin.tolist()), tuple(axis.tolist()),
-        levels, left, right, septum, centre, _star(inner, centre), _star(outer, centre),
+    return SimpleNamespace(
+        view=view, beat=beat, length=length, width=float(np.max(right - left)),
+        origin=origin.tolist(), axis=axis.tolist(),
+        levels=levels, left=left, right=right, septum=septum,
+        centre=centre, inner=_star(inner, centre), outer=_star(outer, centre),
     )  # fmt: skip
+
+
+def _place(heart, along, across):
+    """(lateral, depth) of a point (along, across)."""
+    (lateral, depth), (right, down) = heart.origin, heart.axis
+    return lateral + along * right + across * down, depth + along * down - across * right
 
 
 def _borders(view, phase, levels):
@@ -354,7 +308,7 @@ def _structures(heart, lateral, depth):
     width = view.atrium[1] * (wide + (1 - wide) * heart.beat)
     shift = -0.1 if four else 0
     middle = float(heart.left[-1] + heart.right[-1]) / 2 + shift * heart.width
-    hinge = heart.place(heart.length, middle)
+    hinge = _place(heart, heart.length, middle)
     tilt = float(0.5 * np.arctan2(*heart.axis) + 0.1 * shape.atrial_tilt + shift)
     x, y = lateral - hinge[0], depth - hinge[1]
     down = (x * np.sin(tilt) + y * np.cos(tilt)) / length
@@ -398,15 +352,15 @@ def _valves(heart, rng):
             for p in np.linspace(0, 1, 14):  # from hinge to tip: closed, a flat tent; open, a gate
                 up = reach * ((1 - opening) * 0.15 * np.sin(2 * p) + opening * 0.9 * p)
                 inwards = sign * reach * p * (1 - opening + opening * (0.2 + 0.3 * p))
-                place = heart.place(base - up, hinge + inwards)
+                place = _place(heart, base - up, hinge + inwards)
                 spots.append((*place, rng.uniform(0.7, 1.5), rng.gamma(1.5, 0.6)))
             for _ in range(4):  # the fibrous ring
-                place = heart.place(base + rng.normal(0, 3), hinge - sign * rng.uniform(-1, 7))
+                place = _place(heart, base + rng.normal(0, 3), hinge - sign * rng.uniform(-1, 7))
                 spots.append((*place, rng.uniform(1.5, 4), rng.uniform(0.3, 1.4)))
     for border in (heart.left, heart.right):  # papillary muscles and chords, in the cavity's label
         for level in np.linspace(0.35, 0.75, 9):
             across = np.interp(level, heart.levels, border) * rng.normal(0.7, 0.05)
-            place = heart.place(level * heart.length, across)
+            place = _place(heart, level * heart.length, across)
             spots.append((*place, 1.5, rng.uniform(0.1, 0.5)))
     return spots
 

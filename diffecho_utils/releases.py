@@ -32,6 +32,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import h5py
 import numpy as np
 from PIL import Image
 
@@ -109,8 +110,8 @@ def official(path, progress=None):
     if release.form == "official":
         return Path(path)
     parts = [release.path] if release.path.is_file() else sorted(release.path.rglob("*"))
-    status = [(str(p.resolve()), p.stat()) for p in parts if p.is_file()]
-    stamps = [(name, found.st_size, found.st_mtime_ns) for name, found in status]
+    found = [(str(p.resolve()), p.stat()) for p in parts if p.is_file()]
+    stamps = [(name, status.st_size, status.st_mtime_ns) for name, status in found]
     digest = hashlib.sha256(json.dumps(stamps).encode()).hexdigest()[:16]
     folder = assets.workspace() / "cache" / f"camus-{release.form}-{digest}"
     if not folder.is_dir():
@@ -138,9 +139,7 @@ def convert(source, dest, progress=None):
         raise DiffEchoError(f"{source}: in the official layout already; pass it as it is")
     with files.whole_folder(dest) as draft, _reader(release) as read:
         scale = camus.grey_levels(_write_patients(release, draft, read, _AS_THEY_ARE, progress))
-        if (
-            scale != _AS_THEY_ARE
-        ):  # written on the wrong scale, which only all of them together tell
+        if scale != _AS_THEY_ARE:  # which only all of them together tell: written anew
             _write_patients(release, draft, read, scale, progress)
             greys = f"grey values: {scale[0]:g} was taken for black, {scale[1]:g} for white"
             release = replace(release, notes=(*release.notes, greys))
@@ -154,23 +153,18 @@ def convert(source, dest, progress=None):
 
 
 def _recognise_hdf5(path):
-    import h5py
-
     if not h5py.is_hdf5(path):
-        raise DiffEchoError(
-            f"{path}: no HDF5 file; unpack archives, and pass the folder with the frames"
-        )
+        raise DiffEchoError(f"{path}: no HDF5 file; unpack archives, and pass the frames' folder")
     arrays = {
         f"{view}_{phase}{end}": f"train {view.lower()} {phase} {kind}"
         for view, phase in camus.CLASSES
         for kind, end in (("frames", ""), ("masks", "_gt"))
     }
     with h5py.File(path, "r") as file:
+        there = sorted(file)
         for key in arrays.values():
-            if key not in file:
-                raise DiffEchoError(
-                    f"{path}: no array {key!r} in it, only {sorted(file)}; pass the subject-based re-pack"
-                )
+            if key not in there:
+                raise DiffEchoError(f"{path}: no array {key!r}, only {there}; pass another re-pack")
         counts = {key: len(file[key]) for key in arrays.values()}
     if len(set(counts.values())) > 1:
         raise DiffEchoError(f"{path}: arrays of different lengths {counts}; download it again")
@@ -196,10 +190,7 @@ def _recognise_pictures(path, form, keys):
         if group.setdefault(name, file) is not file:
             copies.append(file)
             if not filecmp.cmp(file, group[name], shallow=False):
-                raise DiffEchoError(
-                    f"{file}: {patient} {name} is {group[name]} too; leave one of the two, or pass one "
-                    "folder"
-                )
+                raise DiffEchoError(f"{file}: another one is {group[name]}; leave one of the two")
     pictures, splits = {}, {}
     for (patient, split), group in sorted(groups.items()):
         frames = {name for name in group if "sequence" not in name}
@@ -209,14 +200,11 @@ def _recognise_pictures(path, form, keys):
         if not whole:
             continue
         if patient in pictures:
-            raise DiffEchoError(
-                f"{path}: {patient} is under {splits[patient]} and {split} folders; convert them apart"
-            )
+            where = f"{splits[patient]} and {split} folders"
+            raise DiffEchoError(f"{path}: {patient} is under {where}; convert them apart")
         pictures[patient], splits[patient] = group, split
     if not pictures:
-        raise DiffEchoError(
-            f"{path}: {len(alone)} frames, none with its label map; add the label maps"
-        )
+        raise DiffEchoError(f"{path}: {len(alone)} frames, none with its label map; add the maps")
     told = {
         "files without their label map or frame left out": alone,
         "files that are there twice taken once": copies,
@@ -236,9 +224,8 @@ def _key(path):
             patient = found.get("patient") or f"patient{int(found['index']) + 1:04d}"
             view, phase = found["view"][0], found["phase"].upper()
             phase = "half_sequence" if "SEQUENCE" in phase else phase
-            mask = found["mask"] or any(
-                re.fullmatch(_MASK_FOLDER, f, re.I) for f in path.parts[:-1]
-            )
+            folders = path.parts[:-1]
+            mask = found["mask"] or any(re.fullmatch(_MASK_FOLDER, f, re.I) for f in folders)
             return patient.lower(), f"{view}CH_{phase}{'_gt' if mask else ''}"
     return None
 
@@ -305,14 +292,11 @@ def _checked(read, source, dimensions):
     except DiffEchoError:
         raise
     except (OSError, ValueError) as error:
-        raise DiffEchoError(
-            f"{_place(source)}: unreadable ({error}); copy or write it again"
-        ) from None
+        raise DiffEchoError(f"{_place(source)}: unreadable ({error}); copy it again") from None
     array = np.squeeze(array)
     if array.ndim != dimensions or not np.isfinite(array).all():
-        raise DiffEchoError(
-            f"{_place(source)}: shape {array.shape}, or values that are not finite; copy it again"
-        )
+        what = f"shape {array.shape}, or values that are not finite"
+        raise DiffEchoError(f"{_place(source)}: {what}; copy it again")
     return array, spacing
 
 
@@ -322,8 +306,6 @@ def _reader(release):
     if release.form != "hdf5":
         yield {"mhd": _read_mhd, "nifti": _read_nifti, "png": _read_png}[release.form]
         return
-    import h5py
-
     # A chunk may span many subjects: the cache keeps a file from being unpacked once a subject.
     with h5py.File(release.path, "r", rdcc_nbytes=2**26, rdcc_nslots=10007) as file:
         yield lambda source, dimensions: (file[source[1]][source[2]], _NO_SPACING)
@@ -340,15 +322,11 @@ def _read_mhd(source, dimensions):
 
         image = SimpleITK.ReadImage(str(source))
     except ImportError:
-        raise DiffEchoError(
-            f"{source}: reading mhd needs SimpleITK; pip install SimpleITK"
-        ) from None
+        raise DiffEchoError(f"{source}: mhd needs SimpleITK; pip install SimpleITK") from None
     except RuntimeError:  # which says many lines, the last of them often wrong
         raise OSError("header or pixel file missing, damaged or too short") from None
-    array, steps = (
-        SimpleITK.GetArrayFromImage(image),
-        image.GetDirection()[:: image.GetDimension() + 1],
-    )
+    array, steps = SimpleITK.GetArrayFromImage(image), image.GetDirection()
+    steps = steps[0], steps[image.GetDimension() + 1]  # of its matrix's diagonal
     return np.flip(array, [-1 - axis for axis in (0, 1) if steps[axis] < 0]), image.GetSpacing()[:2]
 
 
