@@ -2,7 +2,6 @@
 
 import functools
 import hashlib
-import itertools
 import json
 import os
 import re
@@ -78,28 +77,26 @@ def test_same_bytes_whatever_the_processor():
 
 
 def test_layout_types_and_header(folder):
-    for number, (view, phase) in itertools.product(range(1, 5), CLASSES):
-        path = frame_path(folder, f"patient{number:04d}", view, phase)
-        image, labels = nib.load(path), array(path.with_name(path.name.replace(".", "_gt.", 1)))
-        lateral, depth = image.header.get_zooms()
-        assert image.get_data_dtype() == np.float32 and labels.dtype == np.uint8
-        assert image.shape == labels.shape and lateral == depth
-        assert 90 < image.shape[1] * depth < 300, "sector depth in mm"
-        assert np.allclose(image.affine, np.diag([-lateral, -depth, 1, 1]))
-        grey = array(path)
-        assert np.array_equal(grey, np.rint(grey)) and grey.min() == 0 and 120 < grey.max() <= 255
-        assert grey[0, 0] == grey[-1, 0] == 0, "the sector's tip is at the top, in the middle"
-        assert set(np.unique(labels)) == {0, 1, 2, 3}
-        assert path.read_bytes()[4:8] == bytes(4), "gzip time stamp"
-
-
-def test_the_package_reads_the_folder_as_any_camus_folder(folder):
+    """As of any CAMUS folder, and what the files of the official one are."""
     assert checks.check(folder) == []
     table = camus.read_table(folder)
     assert len(table) == 16 and not table.transposed.any() and table.attrs["world"] == "phantom"
-    image, mask = camus.read_frame(table.iloc[0])
-    assert np.array_equal(image, array(table.image[0]).T)
-    assert camus.centre(mask == 1) < camus.centre(mask == 3), "apex up"
+    for row in table.itertuples():
+        (picture, mask), image, labels = (
+            camus.read_frame(row),
+            nib.load(row.image),
+            array(row.label_map),
+        )
+        grey, (lateral, depth) = array(row.image), image.header.get_zooms()
+        assert np.array_equal(picture, grey.T) and np.array_equal(mask, labels.T)
+        assert camus.centre(mask == 1) < camus.centre(mask == 3), "apex up"
+        assert grey.dtype == np.float32 and labels.dtype == np.uint8 and lateral == depth
+        assert 90 < image.shape[1] * depth < 300, "sector depth in mm"
+        assert np.allclose(image.affine, np.diag([-lateral, -depth, 1, 1]))
+        assert np.array_equal(grey, np.rint(grey)) and grey.min() == 0 and 120 < grey.max() <= 255
+        assert grey[0, 0] == grey[-1, 0] == 0, "the sector's tip is at the top, in the middle"
+        assert set(np.unique(labels)) == {0, 1, 2, 3}
+        assert row.image.read_bytes()[4:8] == bytes(4), "gzip time stamp"
 
 
 def test_cfg_files_agree_with_the_contours(folder):
@@ -132,9 +129,7 @@ def test_half_sequences_start_and_end_at_the_frames(tmp_path):
 def test_splits_are_disjoint_and_complete(patients):
     splits = phantom._splits(patients, 0)
     assert sorted(splits) == [f"patient{n:04d}" for n in range(1, patients + 1)]
-    assert set(splits.values()) == set(SPLITS[:patients]), (
-        "no list is empty: `check` would refuse it"
-    )
+    assert set(splits.values()) == set(SPLITS[:patients]), "no list is empty"
     if patients >= 10:
         assert list(splits.values()).count("training") == 0.8 * patients
 
@@ -162,18 +157,6 @@ def test_volumes_are_physiological():
     assert np.all((fractions > 0.1) & (fractions < 0.8))
     assert 0.15 < np.mean(fractions <= 0.45) < 0.4
     assert 80 < np.median(volumes[:, 0]) < 180
-
-
-def test_label_maps_hold_the_volume_that_the_cfg_states(people, masks):
-    """Area-length volumes of the label maps shrink as the contours' biplane volumes do."""
-    for number, person in enumerate(people):
-        products = [
-            share(masks["2CH", p][number], 1) * share(masks["4CH", p][number], 1) for p in PHASES
-        ]
-        lengths = [phantom._heart(person, person.views["2CH"], beat).length for beat in (0, 1)]
-        diastolic, systolic = phantom.volumes(person)
-        measured = 1 - products[1] / products[0] * lengths[0] / lengths[1]
-        assert abs(measured - (1 - systolic / diastolic)) < 0.06
 
 
 def test_the_four_chamber_view_shows_the_right_heart(people):
@@ -295,9 +278,13 @@ def test_a_plain_script_needs_no_main_guard(tmp_path):
     assert [path.name for path in (tmp_path / "_build").iterdir()] == ["phantom-smoke"]
 
 
-def test_two_processes_may_write_the_same_folder(old, tmp_path, monkeypatch):
-    """The other one is quicker between our two renames."""
+def test_two_processes_and_what_a_third_left(old, tmp_path, monkeypatch):
+    """The other one is quicker between our two renames; a draft of a killed one goes after a day."""
     replace = os.replace
+    for name, day in (("1", 0), ("2", 3)):
+        left = tmp_path / f".phantom.phantom-{name}"
+        (left / "new").mkdir(parents=True)
+        os.utime(left, (time.time() - 86400 * day,) * 2)
 
     def overtaken(source, target):
         replace(source, target)
@@ -309,16 +296,7 @@ def test_two_processes_may_write_the_same_folder(old, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", overtaken)
     phantom.write(old, patients=2, side=SIDE, processes=1)
     assert json.loads((old / "dataset.json").read_text())["patients"] == 2
-    assert list(tmp_path.iterdir()) == [old]
-
-
-def test_what_a_killed_process_left_goes_after_a_day(tmp_path):
-    for name, day in (("1", 0), ("2", 3)):
-        left = tmp_path / f".phantom.phantom-{name}"
-        (left / "new").mkdir(parents=True)
-        os.utime(left, (time.time() - 86400 * day,) * 2)
-    root = phantom.write(tmp_path / "phantom", patients=1, side=SIDE, processes=1)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".phantom.phantom-1", root.name]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".phantom.phantom-1", old.name]
 
 
 def test_bad_arguments_say_what_to_do(tmp_path, people):

@@ -251,25 +251,21 @@ def test_mhd_keeps_spacing_cfg_sequences_and_world(form, source, made, tmp_path)
     assert "16 files without their label map" in release.notes[0]
 
 
-def test_lists_descriptions_and_sequences_come_along(source, made, tmp_path):
-    releases.convert(made("png paper"), tmp_path / "a")
-    table = camus.read_table(tmp_path / "a")
+def test_lists_facts_and_sequences_come_along(source, tmp_path):
+    def converted(form):
+        FORMS[form][0](source, tmp_path / form)
+        releases.convert(tmp_path / form, tmp_path / f"{form} camus")
+        return camus.read_table(tmp_path / f"{form} camus")
+
+    table = converted("png paper")
     assert list(splits_of(table).values()) == ["validation"] + ["training"] * 3
     assert table["lateral_mm"].isna().all()
-    shutil.rmtree(tmp_path / "form")
-    releases.convert(made("png lists"), tmp_path / "b")
-    assert splits_of(camus.read_table(tmp_path / "b")) == splits_of(camus.read_table(source))
-    shutil.rmtree(tmp_path / "form")
-    releases.convert(made("nifti nnunet"), tmp_path / "c")
-    assert camus.world(tmp_path / "c") == "camus", "another tool's dataset.json"
-    shutil.rmtree(tmp_path / "form")
-    releases.convert(made("nifti uncompressed"), tmp_path / "d")
-    table = camus.read_table(tmp_path / "d")
+    assert splits_of(converted("png lists")) == splits_of(camus.read_table(source))
+    assert converted("nifti nnunet").attrs["world"] == "camus", "another tool's dataset.json"
+    table = converted("nifti uncompressed")
     assert table["ef"].notna().all() and table["split"].notna().all()
-    assert (
-        table.attrs["world"] == "phantom"
-        and sequences(tmp_path / "d").keys() == sequences(source).keys()
-    )
+    films = sequences(tmp_path / "nifti uncompressed camus")
+    assert table.attrs["world"] == "phantom" and films.keys() == sequences(source).keys()
 
 
 def test_an_uncompressed_copy_beside_a_file_changes_nothing(source, tmp_path):
