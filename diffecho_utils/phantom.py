@@ -96,22 +96,7 @@ def patient(seed, index):
             # at end-systole: length, width
             atrium=tuple(mm * _vary(rng, 0.11, 0.09 * large) for mm in atrium),
             right_heart=tuple(mm * _vary(rng, 0.2) for mm in (34, 44)),  # widths, drawn in 4CH only
-            shape=SimpleNamespace(  # standard normal deviates that make the contours its own
-                taper=rng.normal(),  # of the ventricle: wide at the apex, narrow at the base
-                waist=rng.normal(),  # narrow in the middle
-                bend=rng.normal(),  # of its midline to the right
-                sway=rng.normal(),  # of its midline, to the right and back
-                left_bulge=rng.normal(),  # of the left border, in waves
-                left_wave=rng.normal(),  # whose length this changes
-                right_bulge=rng.normal(),
-                right_wave=rng.normal(),
-                mitral_slope=rng.normal(),
-                atrial_tilt=rng.normal(),
-                atrial_bend=rng.normal(),
-                narrowing=rng.normal(),  # in systole, beyond what the ejection fraction says
-                thickening=rng.normal(),  # of the wall in systole
-                filling=rng.normal(),  # how large the atrium is at end-diastole already
-            ),
+            shape=_shape(rng),
             degradation=float(1 / (1 + np.exp(-1.2 * poor))),  # 0: a perfect window; 1: hardly any
             quality="Good" if poor < -0.385 else "Medium" if poor < 0.878 else "Poor",
             dynamic_range=_draw(rng, 55, 5, 42, 70),  # decibels from black to white
@@ -131,6 +116,26 @@ def patient(seed, index):
         half_angle=float(np.radians(angle)),  # of the sector
         frame_rate=round(_draw(rng, 50, 8, 30, 80), 1),
         views=views,
+    )
+
+
+def _shape(rng):
+    """Standard normal deviates that make a view's contours its own."""
+    return SimpleNamespace(
+        taper=rng.normal(),  # of the ventricle: wide at the apex, narrow at the base
+        waist=rng.normal(),  # narrow in the middle
+        bend=rng.normal(),  # of its midline to the right
+        sway=rng.normal(),  # of its midline, to the right and back
+        left_bulge=rng.normal(),  # of the left border, in waves
+        left_wave=rng.normal(),  # whose length this changes
+        right_bulge=rng.normal(),
+        right_wave=rng.normal(),
+        mitral_slope=rng.normal(),
+        atrial_tilt=rng.normal(),
+        atrial_bend=rng.normal(),
+        narrowing=rng.normal(),  # in systole, beyond what the ejection fraction says
+        thickening=rng.normal(),  # of the wall in systole
+        filling=rng.normal(),  # how large the atrium is at end-diastole already
     )
 
 
