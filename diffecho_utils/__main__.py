@@ -7,7 +7,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from diffecho_utils import DiffEchoError, camus, prompts
+from diffecho_utils import DiffEchoError, camus, checks, prompts
 
 # Rows of a recipe (profiles.Recipe) that `train` can change.
 _RECIPE = ("batch", "accumulation", "learning_rate", "ema", "prediction", "snr_gamma")
@@ -74,7 +74,7 @@ def phantom_command(options):
 
 
 def check_command(options):
-    problems, notes = camus.examine(
+    problems, notes = checks.examine(
         options.root, progress=None if options.json else _progress("frames")
     )
     if options.json:
@@ -405,7 +405,7 @@ def _official(path):
 def _progress(unit):
     """A progress function for terminals: one line, rewritten; silent elsewhere but for the end."""
 
-    def progress(done, total):
+    def progress(done, total, unit=unit):
         if sys.stderr.isatty():
             print(
                 f"\r{done}/{total} {unit}",

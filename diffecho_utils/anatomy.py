@@ -102,7 +102,7 @@ def patients_ef(frames, one_height=False):
 
     `frames` is a `data.Frames`. Volumes are in mL, NaN where the pixel spacing is unknown; the
     ejection fraction is a ratio and needs none. All are NaN for a patient with a label map that has no
-    long axis (no cavity, say): `camus.check` names it.
+    long axis (no cavity, say): `checks` names it.
 
     The recommendations measure the axis anew in each phase, so that its shortening is part of the
     EF: the default. With `one_height` both phases have disks as high as the longest of the four

