@@ -71,11 +71,9 @@ class Generator:
 
 
 class Judge(nn.Module):
-    """A segmenter or classifier with the geometry of the frames that it learned to read.
+    """A segmenter or classifier with the geometry of the frames that it learned to read (`data.Geometry`).
 
     Images (N, 1, H, W) of another size are resized to `side` pixels, and a segmenter's logits back.
-    `stretched`: whether its frames were stretched to the square, or padded; `data.load_frames(rows,
-    judge)` makes them so.
     """
 
     def __init__(self, network, side, stretched):

@@ -69,6 +69,12 @@ def autoencoder_factor(profile):
     return 2 ** (len(profile.autoencoder_channels) - 1)
 
 
+def latent_shape(vae, side):
+    """(C, h, w) of the latent of an image of `side` pixels."""
+    side //= 2 ** (len(vae.config.block_out_channels) - 1)
+    return vae.config.latent_channels, side, side
+
+
 def build_discriminator(channels=(32, 64, 96)):
     """Patch discriminator with spectral normalisation: (N, 2, H, W) -> (N, 1, H/8, W/8) logits."""
     layers = []
@@ -216,8 +222,9 @@ def _merge(symbols, pair):
 
 def tokens(tokenizer, texts):
     """(N, L) int64 ids of N texts in lower case, each padded or cut to `TOKENS`."""
-    texts, shape = [text.lower() for text in texts], {"padding": "max_length", "truncation": True}
-    return tokenizer(texts, max_length=TOKENS, return_tensors="pt", **shape).input_ids
+    settings = {"padding": "max_length", "max_length": TOKENS, "truncation": True}
+    lower = [text.lower() for text in texts]
+    return tokenizer(lower, return_tensors="pt", **settings).input_ids
 
 
 def build_clip(profile, tokenizer):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from monai.losses import DiceCELoss, JukeboxLoss
 from torch import nn
 
-from diffecho_utils import data
+from diffecho_utils import data, models
 
 
 class ReconstructionObjective(nn.Module):
@@ -26,7 +26,9 @@ class ReconstructionObjective(nn.Module):
 
     def draw(self, batch, generator):
         drawn, n = _draw_crops(batch, self.crop, generator), len(batch["images"])
-        drawn["noise"] = torch.randn(n, *_latent_shape(self), generator=generator)
+        drawn["noise"] = torch.randn(
+            n, *models.latent_shape(self.network, self.crop), generator=generator
+        )
         drawn["dither"] = torch.randn(n, 1, self.crop, self.crop, generator=generator)
         return drawn
 
@@ -66,7 +68,9 @@ class TextureObjective(nn.Module):
 
     def draw(self, batch, generator):
         drawn, n = _draw_crops(batch, self.crop, generator), len(batch["images"])
-        drawn["noise"] = torch.randn(n, *_latent_shape(self), generator=generator)
+        drawn["noise"] = torch.randn(
+            n, *models.latent_shape(self.network, self.crop), generator=generator
+        )
         return drawn
 
     def forward(self, images, corners, noise):
@@ -207,13 +211,6 @@ class ClassificationObjective(nn.Module):
     def forward(self, images, masks, labels, drawn):
         moved, _ = data.jitter(images, masks, drawn, **self.amounts)
         return F.cross_entropy(self.network(moved).float(), labels), {}
-
-
-def _latent_shape(objective):
-    """(C, h, w) of the latent of one crop."""
-    config = objective.network.config
-    side = objective.crop // 2 ** (len(config.block_out_channels) - 1)
-    return config.latent_channels, side, side
 
 
 def _draw_crops(batch, crop, generator):

@@ -299,14 +299,12 @@ def _shrunk(frames, side):
 
 
 def _check_latents(vae, folder, frames, profile):
-    levels = len(vae.config.block_out_channels)
-    given = f"{vae.config.latent_channels} channels of side {frames.side // 2 ** (levels - 1)}"
     side = profile.side // models.autoencoder_factor(profile)
-    expected = f"{profile.latent_channels} channels of side {side}"
+    given, expected = models.latent_shape(vae, frames.side), (profile.latent_channels, side, side)
     if given != expected:
         raise DiffEchoError(
-            f"{folder}: gives {given}, while profile {profile.name} expects {expected}; train an "
-            "autoencoder with this profile, or choose that one's"
+            f"{folder}: gives latents {given}, while profile {profile.name} expects {expected}; train "
+            "an autoencoder with this profile, or choose that one's"
         )
 
 
@@ -400,9 +398,8 @@ class _Run:
         self.objective, self.tensors, self.recipe, self.seed = objective, tensors, recipe, seed
         self.trained = [p for p in objective.parameters() if p.requires_grad]
         self.averaged = [p for p in objective.network.parameters() if p.requires_grad]
-        rate, betas = recipe.learning_rate, (recipe.beta1, 0.999)
-        decay = recipe.weight_decay
-        self.optimizer = torch.optim.AdamW(self.trained, rate, betas, weight_decay=decay)
+        settings = {"betas": (recipe.beta1, 0.999), "weight_decay": recipe.weight_decay}
+        self.optimizer = torch.optim.AdamW(self.trained, recipe.learning_rate, **settings)
         self.ema = EMAModel(self.averaged, decay=recipe.ema, foreach=True)
         processes = self.accelerator.num_processes
         self.origin = {"recipe": asdict(recipe), "processes": processes, "seed": seed} | origin
@@ -483,23 +480,20 @@ class _Run:
         """Undo `save`; DiffEchoError for the state of another run."""
         facts, tensors = _read_state(path)
         _check_same_run(path, facts["made_from"], json.loads(json.dumps(self.origin)))
-        parts = {"objective": {}, "ema": {}, "optimizer": {}}
-        for name, tensor in tensors.items():
-            part, key = name.split(".", 1)
-            parts[part][key] = tensor
+
+        def under(prefix):
+            return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
         try:
-            self.objective.load_state_dict(parts["objective"])
+            self.objective.load_state_dict(under("objective."))
         except RuntimeError as error:
             raise DiffEchoError(
                 f"{path}: of another architecture ({error}); name another folder, or begin again "
                 "with --restart (restart=True)"
             ) from None
-        self.ema.shadow_params = [parts["ema"][str(i)] for i in range(len(self.averaged))]
+        self.ema.shadow_params = [tensors[f"ema.{i}"] for i in range(len(self.averaged))]
         self.ema.optimization_step = facts["ema_steps"]
-        state = {}
-        for key, tensor in parts["optimizer"].items():
-            index, name = key.split(".", 1)
-            state.setdefault(int(index), {})[name] = tensor
+        state = {i: under(f"optimizer.{i}.") for i in range(len(self.trained))}
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})
         self.step = self.saved = facts["step"]
         self.rows = facts["log"]

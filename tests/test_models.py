@@ -53,12 +53,8 @@ def test_stock_diffusers_loads_the_folders(saved):
 
 
 def test_monai_networks_survive_saving(smoke, tmp_path):
-    for name, build in (
-        ("segmenter", models.build_segmenter),
-        ("classifier", models.build_classifier),
-        ("sdm", models.build_sdm),
-    ):
-        network = build(smoke)
+    for name in ("segmenter", "classifier", "sdm"):
+        network = getattr(models, f"build_{name}")(smoke)
         checkpoints.save([("", network)], tmp_path / name, {"side": 64})
         stored = load_file(tmp_path / name / checkpoints.WEIGHTS)
         for key, tensor in network.state_dict().items():
