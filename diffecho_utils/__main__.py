@@ -169,7 +169,7 @@ def train_command(options):
         needs=needs,
         restart=options.restart,
         provenance=results.provenance(options.line),
-        progress=lambda line: print(line, flush=True),
+        say=lambda line: print(line, flush=True),
         seed=options.seed,
         cache_dir=cache,
         minutes=options.minutes,
@@ -371,7 +371,8 @@ def downstream_command(options):
             if not options.synthetic_only:
                 frames = downstream.with_synthetic(real, drawn, options.share, seed)
         if options.match_epochs:
-            steps = options.steps or getattr(profile, options.task).steps
+            judge = {"segmentation": "segmenter", "classification": "classifier"}[options.task]
+            steps = options.steps or getattr(profile, judge).steps
             settings["steps"] = round(steps * len(frames) / len(real))
         print(f"{arm}, seed {seed}: {len(frames)} frames", flush=True)
         done.append(train(frames, test, profile, seed=seed, **settings) | {"arm": arm})

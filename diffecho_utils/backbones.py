@@ -1,8 +1,4 @@
-"""The paper's five classifiers, for grey images.
-
-Chapter 10. Built of MONAI's networks, and of torch's layers for VGG, which MONAI does not have; torchvision's
-own with ImageNet's weights where it is importable.
-"""
+"""The paper's five classifiers, for grey images. Chapter 10."""
 
 import torch
 from monai.networks import nets
@@ -10,9 +6,7 @@ from torch import nn
 
 from diffecho_utils import DiffEchoError
 
-BACKBONES = ("resnet18", "resnet50", "vgg16", "vgg19", "efficientnet-b0")  # the paper's classifiers
-
-
+BACKBONES = ("resnet18", "resnet50", "vgg16", "vgg19", "efficientnet-b0")
 _VGG = {"vgg16": (2, 2, 3, 3, 3), "vgg19": (2, 2, 4, 4, 4)}  # convolutions of each block
 
 
@@ -60,10 +54,11 @@ def _untrained(name, classes):
     layers, channels = [], 3
     for convolutions, width in zip(_VGG[name], (64, 128, 256, 512, 512), strict=True):
         for _ in range(convolutions):
-            layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU(inplace=True)]
+            layer = nn.Conv2d(channels, width, 3, padding=1)
             # Without normalisation the signal dies on its way through torch's own start (He et al. 2015)
-            nn.init.kaiming_normal_(layers[-2].weight, mode="fan_out", nonlinearity="relu")
-            nn.init.zeros_(layers[-2].bias)
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+            nn.init.zeros_(layer.bias)
+            layers += [layer, nn.ReLU(inplace=True)]
             channels = width
         layers.append(nn.MaxPool2d(2, 2))
     head = []
@@ -86,10 +81,8 @@ def _torchvision(name, classes):
             "train from scratch"
         ) from None
     network = theirs.get_model(name.replace("-", "_"), weights="DEFAULT")
-    last = network.fc if hasattr(network, "fc") else network.classifier[-1]
-    head = nn.Linear(last.in_features, classes)
     if hasattr(network, "fc"):
-        network.fc = head
+        network.fc = nn.Linear(network.fc.in_features, classes)
     else:
-        network.classifier[-1] = head
+        network.classifier[-1] = nn.Linear(network.classifier[-1].in_features, classes)
     return network

@@ -17,7 +17,7 @@ from diffecho_utils import (
 )
 
 
-def from_scratch(model, table, profile, progress=print):
+def from_scratch(model, table, profile, say=print):
     """Train `model` by the profile's whole recipe on `table`'s training patients: its folder.
 
     What a chapter does with `train_from_scratch = True`. It stands on the shipped checkpoints that it
@@ -52,7 +52,7 @@ def from_scratch(model, table, profile, progress=print):
         folder,
         needs=needs,
         provenance=results.provenance(f"from_scratch({model!r}), profile {profile.name}"),
-        progress=progress,
+        say=say,
         cache_dir=cache,
     )
     return folder

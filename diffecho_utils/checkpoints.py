@@ -1,7 +1,6 @@
-"""Networks on disk as standard folders, and what comes out of one: a generator, a judge, an encoder.
+"""Checkpoints on disk: standard folders that stock diffusers and transformers load without this package.
 
-Chapters 02 to 10. `AutoencoderKL.from_pretrained(folder)` and its like load the same folders without this package.
-Beside the weights lies training.json: how, on what and for how long the network was trained, the geometry of its
+Chapters 02 to 10. Beside the weights lies training.json: how the network was trained, the geometry of its
 frames, and which checkpoints it builds on.
 """
 
@@ -10,29 +9,22 @@ import hashlib
 import json
 import os
 import shutil
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
+import diffusers
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from diffusers import (
-    AutoencoderKL,
-    ControlNetModel,
-    DDPMScheduler,
-    UNet2DConditionModel,
-    UNet2DModel,
-)
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import CLIPModel, CLIPTokenizer
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from diffecho_utils import DiffEchoError, camus, data, models
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-CLIP_WEIGHTS = "model.safetensors"
-MONAI_NETWORKS = ("SPADEDiffusionModelUNet", "UNet", "ResNet")
 
 
 class TextEncoder:
@@ -52,23 +44,17 @@ class TextEncoder:
 
 @dataclass(frozen=True)
 class Generator:
-    """What sampling needs: a denoiser, its noise schedule, the autoencoder, and the words' encoder.
+    """What sampling needs: a denoiser, its noise schedule, the autoencoder, and the words' encoder."""
 
-    `text` is None for generators that read no prompts, `vae` for those that diffuse pixels.
-    `latent_shape` is (C, h, w) of one latent; `guidance` the scale its training.json recommends;
-    `stretched` whether its frames were stretched to the square, or padded; `classes` indices into
-    `camus.CLASSES` of what it can draw.
-    """
-
-    model: str
+    model: str  # one of `models.GENERATORS`
     denoiser: nn.Module
-    scheduler: DDPMScheduler
-    vae: AutoencoderKL | None
-    latent_shape: tuple[int, int, int]
-    text: TextEncoder | None = None
-    guidance: float = 1.0
-    stretched: bool = False
-    classes: tuple[int, ...] = tuple(range(len(camus.CLASSES)))
+    scheduler: diffusers.DDPMScheduler
+    vae: diffusers.AutoencoderKL | None  # None: it diffuses pixels
+    latent_shape: tuple[int, int, int]  # (C, h, w) of one latent
+    text: TextEncoder | None = None  # None: it reads no prompts
+    guidance: float = 1.0  # the scale that its training.json recommends
+    stretched: bool = False  # whether its frames were stretched to the square, or padded
+    classes: tuple[int, ...] = tuple(range(len(camus.CLASSES)))  # indices of what it can draw
 
     @property
     def side(self):
@@ -85,11 +71,9 @@ class Generator:
 
 
 class Judge(nn.Module):
-    """A segmenter or classifier with the geometry of the frames that it learned to read.
+    """A segmenter or classifier with the geometry of the frames that it learned to read (`data.Geometry`).
 
     Images (N, 1, H, W) of another size are resized to `side` pixels, and a segmenter's logits back.
-    `stretched`: whether its frames were stretched to the square, or padded; `data.load_frames(rows,
-    judge)` makes them so.
     """
 
     def __init__(self, network, side, stretched):
@@ -106,23 +90,43 @@ class Judge(nn.Module):
 def save(parts, folder, training, needs=None):
     """Write a checkpoint: `parts`, pairs of a subfolder and a network, scheduler or tokenizer.
 
-    Networks are kept in half precision; "" is the folder itself; `training` becomes training.json.
-    `needs` {name: checkpoint folder} are the checkpoints it was trained with: their relative paths
-    and the SHA-256 of their weights are kept there too. Written beside and renamed, so an earlier checkpoint stays whole until then.
+    Networks are kept in half precision; "" is the folder itself; `training` becomes training.json, with
+    the relative path of each checkpoint it was trained with, needs {name: folder}, and the SHA-256 of its weights.
+    Written beside, then moved in; other files there stay. training.json goes first and comes last: a
+    folder without it was left in between, and the training's state in it still holds the weights.
     """
-    references = {
-        name: {
-            "path": os.path.relpath(Path(needed).resolve(), Path(folder).resolve()),
-            "sha256": weights_digest(needed),
-        }
-        for name, needed in (needs or {}).items()
-    }
+    folder = Path(folder)
+    beside = folder.with_name(f".{folder.name}.{os.getpid()}")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    for subfolder, part in parts:
+        _save_part(part, beside / subfolder)
+    references = {}
+    for name, other in (needs or {}).items():
+        path = os.path.relpath(Path(other).resolve(), folder.resolve())
+        references[name] = {"path": path, "sha256": weights_digest(other)}
+    last = beside / "training.json"
+    last.write_text(json.dumps(training | {"needs": references}, indent=1) + "\n")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / last.name).unlink(missing_ok=True)
+    for path in [*sorted(set(beside.iterdir()) - {last}), last]:
+        target = folder / path.name
+        if target.is_dir():
+            shutil.rmtree(target)
+        os.replace(path, target)
+    beside.rmdir()
 
-    def write(beside):
-        for subfolder, part in parts:
-            _save_part(part, beside / subfolder)
 
-    _replace_folder(folder, write, training | {"needs": references})
+def _save_part(part, folder):
+    """Save one network (half precision, `part` itself unchanged), scheduler or tokenizer."""
+    if isinstance(part, nn.Module):
+        part = copy.deepcopy(part).cpu().half().to(memory_format=torch.contiguous_format)
+    if hasattr(part, "save_pretrained"):
+        part.save_pretrained(folder)
+    else:  # MONAI's
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(part.state_dict(), folder / WEIGHTS)
+        (folder / "config.json").write_text(json.dumps(part.config, indent=1) + "\n")
 
 
 def load_autoencoder(folder):
@@ -130,12 +134,14 @@ def load_autoencoder(folder):
 
     Raises DiffEchoError for a missing, half-written or other network's folder.
     """
-    return _load(AutoencoderKL, folder)
+    return _load(folder, "AutoencoderKL")
 
 
 def load_clip(folder):
     """(CLIPModel, CLIPTokenizer) in `folder`; errors as `load_autoencoder`."""
-    return _load(CLIPModel, folder), CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    with torch.random.fork_rng([]):  # as transformers' own loading: no random numbers are used up
+        clip = _load(folder, "CLIPModel")
+    return clip, CLIPTokenizer.from_pretrained(folder, local_files_only=True)
 
 
 def load_network(folder):
@@ -143,7 +149,8 @@ def load_network(folder):
     made = read_training(folder)
     if "side" not in made:
         raise DiffEchoError(f"{folder}: training.json names no side of its frames; train it again")
-    return Judge(_load(None, folder), made["side"], made.get("stretched", False)).eval()
+    network = _load(folder, "UNet", "ResNet")
+    return Judge(network, made["side"], made.get("stretched", False)).eval()
 
 
 def load_generator(folder):
@@ -151,80 +158,91 @@ def load_generator(folder):
 
     Raises DiffEchoError where one of those is missing or is not the one of the training.
     """
-    folder = Path(folder)
-    made = read_training(folder)
+    folder, made = Path(folder), read_training(folder)
     model = made.get("model")
     if model not in models.GENERATORS:
         raise DiffEchoError(
             f"{folder}: a checkpoint of {model!r}, no generator ({models.GENERATORS})"
         )
     base = needed(folder, "text") if model == "text-seg" else folder
-    pixels = model == "unconditional" and not made.get("needs")
-    vae = None if pixels else load_autoencoder(needed(base, "autoencoder"))
-    text, there = None, tuple(range(len(camus.CLASSES)))
+    vae = load_autoencoder(needed(base, "autoencoder")) if made["needs"] else None
+    text, classes = None, Generator.classes
     if model == "unconditional":
-        trained = made.get("recipes", camus.CLASS_NAMES)
-        there = tuple(i for i, name in enumerate(camus.CLASS_NAMES) if name in trained)
-        unets = [
-            _load(UNet2DModel, folder / name) if index in there else None
-            for index, name in enumerate(camus.CLASS_NAMES)
-        ]
-        denoiser, config = models.Unconditional(unets), unets[there[0]].config
+        classes = tuple(
+            i for i in classes if camus.CLASS_NAMES[i] in made.get("recipes", camus.CLASS_NAMES)
+        )
+        unets = [None] * len(camus.CLASSES)
+        for i in classes:
+            unets[i] = _load(folder / camus.CLASS_NAMES[i], "UNet2DModel")
+        denoiser = models.Unconditional(unets)
     elif model == "sdm":
-        denoiser = models.SemanticDiffusion(_load(None, folder / "unet"))
-        config = denoiser.unet.config
+        denoiser = models.SemanticDiffusion(_load(folder / "unet", "SPADEDiffusionModelUNet"))
     else:
         text = TextEncoder(needed(base, "clip"))
-        unet = _load(UNet2DConditionModel, base / "unet")
-        config = unet.config
-        denoiser = models.TextGuided(unet)
-        if model == "text-seg":
-            controlnet = _load(ControlNetModel, folder / "controlnet")
-            denoiser = models.TextSegmentationGuided(unet, controlnet, made.get("strength", 1.0))
-    side = made["latent_side"]
+        denoiser = models.TextGuided(_load(base / "unet", "UNet2DConditionModel"))
+    if model == "text-seg":
+        controlnet = _load(folder / "controlnet", "ControlNetModel")
+        strength = made.get("strength", 1.0)
+        denoiser = models.TextSegmentationGuided(denoiser.unet, controlnet, strength)
+    channels, side = 1 if vae is None else vae.config.latent_channels, made["latent_side"]
     return Generator(
         model,
         denoiser.eval().to(memory_format=torch.channels_last),  # a fifth faster on a CPU
-        DDPMScheduler.from_pretrained(base / "scheduler"),
+        diffusers.DDPMScheduler.from_pretrained(base / "scheduler"),
         vae,
-        (config["in_channels"], side, side),
+        (channels, side, side),
         text,
         made.get("guidance", 1.0),
         made.get("stretched", False),
-        there,
+        classes,
     )
+
+
+def _load(folder, *classes):
+    """The network in `folder`, float32, in evaluation mode; it must be of one of the stock `classes`."""
+    folder = Path(folder)
+    path = folder / "config.json"
+    config = _read_json(path, "pass a folder that `train` wrote")
+    found = config.get("_class_name") or (config.get("architectures") or ["nothing known"])[0]
+    if found not in classes:
+        raise DiffEchoError(f"{folder}: holds a {found}, expected a {' or '.join(classes)}")
+    weights = folder / ("model.safetensors" if found == "CLIPModel" else WEIGHTS)
+    try:
+        if found == "CLIPModel":
+            network = CLIPModel(CLIPConfig.from_dict(config))
+        elif hasattr(diffusers, found):
+            network = getattr(diffusers, found).from_config(config)
+        else:
+            network = models.monai_network(config.pop("_class_name"), **config)
+        network.load_state_dict(load_file(weights))
+    except (OSError, SafetensorError) as error:
+        raise DiffEchoError(
+            f"{weights}: half-written or missing ({error}); copy it again"
+        ) from None
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise DiffEchoError(
+            f"{folder}: weights and config.json describe different architectures "
+            f"({textwrap.shorten(str(error), 200)}); keep both files of one training"
+        ) from None
+    return network.eval()
 
 
 def take_weights(network, folder):
     """Copy a checkpoint's weights into `network` wherever name and shape agree; says how many did.
 
-    What is frozen in `network`, as the text model under its ControlNet, stays as it is. Raises
-    DiffEchoError where fewer than half do.
+    `folder` is that of the network itself (`save`). Raises DiffEchoError where fewer than half do.
     """
-    stored = {}
-    for path in _weights(folder):
+    wanted, stored = network.state_dict(), {}
+    for path in Path(folder).glob("*.safetensors"):
         stored |= load_file(path)
-    frozen = {name for name, p in network.named_parameters() if not p.requires_grad}
-    wanted = {name: t for name, t in network.state_dict().items() if name not in frozen}
-    prefixes = (
-        "",
-        "unet.",
-        "unets.0.",
-        "controlnet.",
-    )  # a denoiser wraps the network that was saved
-    taken = {
-        prefix + name: tensor.float()
-        for prefix in prefixes
-        for name, tensor in stored.items()
-        if prefix + name in wanted and wanted[prefix + name].shape == tensor.shape
-    }
-    if len(taken) < len(wanted) / 2:
+    fit = {k: v for k, v in stored.items() if k in wanted and v.shape == wanted[k].shape}
+    if len(fit) < len(wanted) / 2:
         raise DiffEchoError(
-            f"{folder}: {len(taken)} of {len(wanted)} weights fit this network; start from a "
+            f"{folder}: {len(fit)} of {len(wanted)} weights fit this network; start from a "
             "checkpoint of the same model and profile"
         )
-    network.load_state_dict(taken, strict=False)
-    return f"started from {folder}: {len(taken)} of {len(wanted)} weights fit"
+    network.load_state_dict(fit, strict=False)
+    return f"started from {folder}: {len(fit)} of {len(wanted)} weights fit"
 
 
 def needed(folder, name):
@@ -243,11 +261,27 @@ def needed(folder, name):
     return other
 
 
+def weights_digest(folder):
+    """SHA-256 over the weights of a checkpoint, in order of their names, without its training's state."""
+    digest = hashlib.sha256()
+    try:
+        for path in sorted(Path(folder).rglob("*.safetensors")):
+            if "state" not in path.relative_to(folder).parts:
+                digest.update(path.read_bytes())
+    except OSError as error:
+        raise DiffEchoError(f"{folder}: unreadable ({error}); copy the checkpoint again") from None
+    return digest.hexdigest()
+
+
 def read_training(folder):
     """The checkpoint's training.json: how, on what, for how long it was trained."""
-    path = Path(folder) / "training.json"
+    remedy = f"is {folder} a checkpoint that `train` wrote?"
+    return _read_json(Path(folder) / "training.json", remedy)
+
+
+def _read_json(path, remedy):
     if not path.is_file():
-        raise DiffEchoError(f"{path}: missing; is {folder} a checkpoint that `train` wrote?")
+        raise DiffEchoError(f"{path}: missing; {remedy}")
     try:
         return json.loads(path.read_text())
     except ValueError as error:
@@ -259,8 +293,7 @@ def training_curve(training, stage):
 
     DataFrame with the log's columns, `images`, the number of images seen by then, and `hardware`.
     """
-    logs, seen = [], 0
-    runs = [training]
+    logs, seen, runs = [], 0, [training]
     while runs[0].get("started_from"):
         runs.insert(0, runs[0]["started_from"])
     for run in runs:
@@ -271,109 +304,3 @@ def training_curve(training, stage):
         seen = log["images"].iloc[-1]
         logs.append(log)
     return pd.concat(logs, ignore_index=True)
-
-
-def weights_digest(folder):
-    """SHA-256 over the weights of a checkpoint, all its parts, in order of their names."""
-    digest = hashlib.sha256()
-    try:
-        for path in _weights(folder):
-            digest.update(path.read_bytes())
-    except OSError as error:
-        raise DiffEchoError(f"{folder}: unreadable ({error}); copy the checkpoint again") from None
-    return digest.hexdigest()
-
-
-def _load(network, folder):
-    """The network in `folder`, float32; `network`: its class, None for one of MONAI's."""
-    folder = Path(folder)
-    path = folder / "config.json"
-    if not path.is_file():
-        raise DiffEchoError(
-            f"{folder}: no config.json, so no checkpoint; pass a folder `train` wrote"
-        )
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise DiffEchoError(f"{path}: half-written ({error}); train or copy it again") from None
-    found = config.get("_class_name") or (config.get("architectures") or ["nothing known"])[0]
-    wanted = MONAI_NETWORKS if network is None else (network.__name__,)
-    if found not in wanted:
-        raise DiffEchoError(f"{folder}: holds a {found}, expected a {' or '.join(wanted)}")
-    weights = folder / (CLIP_WEIGHTS if found == "CLIPModel" else WEIGHTS)
-    try:
-        with safe_open(weights, "pt") as file:
-            stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-    except (OSError, SafetensorError) as error:
-        raise DiffEchoError(
-            f"{weights}: half-written or missing ({error}); copy it again"
-        ) from None
-    if found == "CLIPModel":
-        model = network.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-        return model.eval()
-    model = (
-        models.monai_network(found, **_without_name(config))
-        if network is None
-        else network.from_config(network.load_config(folder))
-    )
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    if stored != expected:
-        odd = sorted(set(stored.items()) ^ set(expected.items()))[0][0]
-        raise DiffEchoError(
-            f"{folder}: weights and config.json describe different architectures (first at {odd!r}: "
-            f"{stored.get(odd)} stored, {expected.get(odd)} expected); keep both files of one training"
-        )
-    model.load_state_dict(load_file(weights))
-    return model.eval()
-
-
-def _without_name(config):
-    return {key: value for key, value in config.items() if key != "_class_name"}
-
-
-def _save_part(part, folder):
-    """Save one network (half precision, `part` itself unchanged), scheduler or tokenizer."""
-    if not isinstance(part, nn.Module):
-        part.save_pretrained(folder)
-    elif part.config.__class__ is dict:  # MONAI's
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: _half(tensor) for name, tensor in part.state_dict().items()}
-        save_file(tensors, folder / WEIGHTS)
-        (folder / "config.json").write_text(json.dumps(part.config, indent=1) + "\n")
-    else:
-        half = copy.deepcopy(part).cpu().half().to(memory_format=torch.contiguous_format)
-        half.save_pretrained(folder)
-
-
-def _half(tensor):
-    tensor = tensor.detach().cpu().contiguous()
-    return tensor.half() if tensor.is_floating_point() else tensor
-
-
-def _replace_folder(folder, write, training):
-    """Write a checkpoint's files beside `folder`, then move them in; other files there stay.
-
-    training.json goes first and comes last: a folder without it was left in between, and the
-    training's state beside it still holds the weights.
-    """
-    folder = Path(folder)
-    beside = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    write(beside)
-    facts = beside / "training.json"
-    facts.write_text(json.dumps(training, indent=1) + "\n")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / facts.name).unlink(missing_ok=True)
-    for path in [*sorted(set(beside.iterdir()) - {facts}), facts]:
-        target = folder / path.name
-        if target.is_dir():
-            shutil.rmtree(target)
-        os.replace(path, target)
-    beside.rmdir()
-
-
-def _weights(folder):
-    """Files of a checkpoint's weights, in order of their names, without those of its training's state."""
-    files = sorted(Path(folder).rglob("*.safetensors"))
-    return [path for path in files if "state" not in path.relative_to(folder).parts]

@@ -47,7 +47,7 @@ def train_segmenter(
     seed=0,
     state=None,
     restart=False,
-    progress=print,
+    say=print,
     recipe=None,
     as_paper=False,
     compiled=False,
@@ -74,11 +74,11 @@ def train_segmenter(
     log = training.fit(
         objective,
         tensors,
-        recipe or profile.segmentation,
+        recipe or profile.segmenter,
         state,
         restart=restart,
         seed=seed,
-        progress=progress,
+        say=say,
         watch=watch and (watch[0], lambda step: watch[1](step, network)),
     )
     return network.eval(), log
@@ -201,7 +201,7 @@ def segmentation_run(
     """
     if recipe not in RECIPES:
         raise DiffEchoError(f"no recipe {recipe!r}; choose one of {', '.join(RECIPES)}")
-    chosen, stops = _plan(profile.segmentation, RECIPES[recipe], steps, points)
+    chosen, stops = _plan(profile.segmenter, RECIPES[recipe], steps, points)
     curve = []
 
     def look(step, network):
@@ -260,18 +260,16 @@ def classification_run(
     that differ from the profile's. Probabilities of every test frame, the four classes' in the order
     of `camus.CLASSES`; `curve`, at `points` steps on the way the shares of test frames whose class,
     view and phase are recognised; and `classification_scores`. `running`: amounts of `data.jitter`,
-    state, restart and progress.
+    state, restart and say.
     """
     torch.manual_seed(seed)
-    chosen, stops = _plan(profile.classification, recipe or {}, steps, points)
+    chosen, stops = _plan(profile.classifier, recipe or {}, steps, points)
     classifier, curve = classification_network(network, profile, pretrained), []
     if last is not None:
         classifier.freeze_all_but(last)
     side = side or frames.images.shape[-1]
     images, tests = (data.resized(part.images, side) for part in (frames, test))
-    fitting = {
-        name: running.pop(name) for name in ("state", "restart", "progress") if name in running
-    }
+    fitting = {name: running.pop(name) for name in ("state", "restart", "say") if name in running}
 
     def look(step):
         found = class_accuracies(classify(classifier, tests), test.classes)

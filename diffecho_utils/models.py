@@ -1,9 +1,7 @@
-"""The networks: build them for a profile. Each is a stock class of diffusers, transformers or MONAI.
+"""The networks, built for a profile from stock classes of diffusers, transformers and MONAI.
 
-Chapters 02 to 06.
-
-The four denoisers below are all that differs between the four generators: each takes noisy
-latents, timesteps and its own conditions, and training and sampling call them alike.
+Chapters 02 to 06. The four denoisers below are all that differs between the four generators: each
+takes noisy latents, timesteps and its own conditions, and training and sampling call them alike.
 """
 
 import itertools
@@ -12,28 +10,15 @@ import re
 from collections import Counter
 from datetime import timedelta
 
+import diffusers
 import torch
 import torch.nn.functional as F
 import transformers
 from accelerate import PartialState
-from diffusers import (
-    AutoencoderKL,
-    ControlNetModel,
-    DDPMScheduler,
-    UNet2DConditionModel,
-    UNet2DModel,
-)
 from monai.networks import nets
 from tokenizers import pre_tokenizers
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
-from transformers import (
-    CLIPConfig,
-    CLIPModel,
-    CLIPTextConfig,
-    CLIPTokenizer,
-    CLIPVisionConfig,
-)
 
 from diffecho_utils import DiffEchoError, camus
 
@@ -64,7 +49,7 @@ def build_autoencoder(profile):
     crops works on whole frames.
     """
     channels = profile.autoencoder_channels
-    return AutoencoderKL(
+    return diffusers.AutoencoderKL(
         in_channels=1,
         out_channels=1,
         down_block_types=("DownEncoderBlock2D",) * len(channels),
@@ -79,13 +64,23 @@ def build_autoencoder(profile):
     )
 
 
+def autoencoder_factor(profile):
+    """Pixels of the image side for one of the latent side."""
+    return 2 ** (len(profile.autoencoder_channels) - 1)
+
+
+def latent_shape(vae, side):
+    """(C, h, w) of the latent of an image of `side` pixels."""
+    side //= 2 ** (len(vae.config.block_out_channels) - 1)
+    return vae.config.latent_channels, side, side
+
+
 def build_discriminator(channels=(32, 64, 96)):
     """Patch discriminator with spectral normalisation: (N, 2, H, W) -> (N, 1, H/8, W/8) logits."""
-    layers, inputs = [], 2
-    for outputs in channels:
+    layers = []
+    for inputs, outputs in itertools.pairwise((2, *channels)):
         layers += [spectral_norm(nn.Conv2d(inputs, outputs, 4, 2, 1)), nn.LeakyReLU(0.2)]
-        inputs = outputs
-    return nn.Sequential(*layers, spectral_norm(nn.Conv2d(inputs, 1, 3, 1, 1)))
+    return nn.Sequential(*layers, spectral_norm(nn.Conv2d(channels[-1], 1, 3, 1, 1)))
 
 
 def build_unconditional(profile):
@@ -94,31 +89,16 @@ def build_unconditional(profile):
     On latents, with attention at every level but the first; on pixels where the profile says so
     (paper), with attention at the last but one.
     """
-    channels, pixels = profile.unconditional_channels, profile.unconditional_pixels
-    if pixels:
-        kinds = ["DownBlock2D"] * len(channels)
-        kinds[-2] = "AttnDownBlock2D"
-        return UNet2DModel(
-            sample_size=pixels,
-            in_channels=1,
-            out_channels=1,
-            block_out_channels=channels,
-            down_block_types=kinds,
-            up_block_types=[kind.replace("Down", "Up") for kind in reversed(kinds)],
-            norm_num_groups=16,
-        )
-    attention = len(channels) - 1
-    return UNet2DModel(
-        sample_size=profile.side // autoencoder_factor(profile),
-        in_channels=profile.latent_channels,
-        out_channels=profile.latent_channels,
-        block_out_channels=channels,
-        down_block_types=("DownBlock2D",) + ("AttnDownBlock2D",) * attention,
-        up_block_types=("AttnUpBlock2D",) * attention + ("UpBlock2D",),
-        layers_per_block=1,
-        norm_num_groups=16,
-        attention_head_dim=16,
-    )
+    channels, settings = profile.unconditional_channels, {}
+    if profile.unconditional_pixels:
+        side, inputs = profile.unconditional_pixels, 1
+        down = ["DownBlock2D"] * len(channels)
+        down[-2] = "AttnDownBlock2D"
+    else:
+        side, inputs = profile.side // autoencoder_factor(profile), profile.latent_channels
+        down = ["DownBlock2D", *["AttnDownBlock2D"] * (len(channels) - 1)]
+        settings = {"layers_per_block": 1, "attention_head_dim": 16}
+    return _unet(diffusers.UNet2DModel, side, inputs, channels, down, **settings)
 
 
 def build_text_unet(profile):
@@ -127,20 +107,30 @@ def build_text_unet(profile):
     Profile paper: Stable Diffusion's own, from a local folder or the Hub.
     """
     if profile.pretrained:
-        return UNet2DConditionModel.from_pretrained(profile.pretrained, subfolder="unet")
-    channels = profile.unet_channels
-    crossed = len(channels) - 1
-    return UNet2DConditionModel(
-        sample_size=profile.side // autoencoder_factor(profile),
-        in_channels=profile.latent_channels,
-        out_channels=profile.latent_channels,
-        block_out_channels=channels,
-        down_block_types=("DownBlock2D",) + ("CrossAttnDownBlock2D",) * crossed,
-        up_block_types=("CrossAttnUpBlock2D",) * crossed + ("UpBlock2D",),
+        return diffusers.UNet2DConditionModel.from_pretrained(profile.pretrained, subfolder="unet")
+    return _unet(
+        diffusers.UNet2DConditionModel,
+        profile.side // autoencoder_factor(profile),
+        profile.latent_channels,
+        profile.unet_channels,
+        ["DownBlock2D", *["CrossAttnDownBlock2D"] * (len(profile.unet_channels) - 1)],
         layers_per_block=1,
         cross_attention_dim=profile.clip_width,
         attention_head_dim=4,
+    )
+
+
+def _unet(network, side, inputs, channels, down, **settings):
+    """A UNet of diffusers whose way up mirrors its way down."""
+    return network(
+        sample_size=side,
+        in_channels=inputs,
+        out_channels=inputs,
+        block_out_channels=channels,
+        down_block_types=down,
+        up_block_types=[block.replace("Down", "Up") for block in reversed(down)],
         norm_num_groups=16,
+        **settings,
     )
 
 
@@ -151,7 +141,7 @@ def build_controlnet(unet):
     so that stock pipelines take a label map as an RGB picture. Its hint network is half as wide as is
     usual: it works at the resolution of images, and would take half of the training's time.
     """
-    return ControlNetModel.from_unet(
+    return diffusers.ControlNetModel.from_unet(
         unet, conditioning_channels=3, conditioning_embedding_out_channels=(8, 16, 32, 64)
     )
 
@@ -174,6 +164,23 @@ def build_sdm(profile):
     )
 
 
+def build_scheduler(prediction="v_prediction"):
+    """Stable Diffusion's noise schedule, sampled from its last timestep on ("trailing").
+
+    prediction: of the velocity (Salimans and Ho 2022) or of the noise, "epsilon". Stable Diffusion's
+    own spacing, "leading", starts few steps well below pure noise (Lin et al. 2024; chapter 07).
+    """
+    return diffusers.DDPMScheduler(
+        num_train_timesteps=1000,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type=prediction,
+        clip_sample=False,
+        timestep_spacing="trailing",
+    )
+
+
 def build_tokenizer(texts, size=1000):
     """CLIPTokenizer whose byte-pair merges were learned on `texts`: any word can be spelled with it.
 
@@ -181,15 +188,13 @@ def build_tokenizer(texts, size=1000):
     `size` tokens. Of equally frequent pairs the first in the alphabet is taken, so that the same texts always give
     the same tokenizer, which the trainer of Hugging Face's tokenizers does not.
     """
-    pieces = (
-        re.findall(r"[^\W\d_]+|\d|[^\s\w]+", text.lower()) for text in texts
-    )  # as CLIP splits
+    pieces = [re.findall(r"[^\W\d_]+|\d|[^\s\w]+", text.lower()) for text in texts]  # as CLIP's
     words = Counter(itertools.chain.from_iterable(pieces))
     spelled = {word: [*word[:-1], f"{word[-1]}</w>"] for word in words}
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{x}</w>" for x in letters)]
+    known = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{x}</w>" for x in letters)]
     merges = []
-    while len(tokens) < size:
+    while len(known) < size:
         pairs = Counter()
         for word, symbols in spelled.items():
             for pair in itertools.pairwise(symbols):
@@ -198,12 +203,12 @@ def build_tokenizer(texts, size=1000):
             break
         best = min(pairs, key=lambda pair: (-pairs[pair], pair))
         merges.append(best)
-        if "".join(best) not in tokens:
-            tokens.append("".join(best))
+        if "".join(best) not in known:
+            known.append("".join(best))
         for symbols in spelled.values():
             _merge(symbols, best)
-    vocabulary = {token: index for index, token in enumerate(tokens)}
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=TOKENS)
+    vocabulary = {token: index for index, token in enumerate(known)}
+    return transformers.CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=TOKENS)
 
 
 def _merge(symbols, pair):
@@ -215,39 +220,40 @@ def _merge(symbols, pair):
         place += 1
 
 
+def tokens(tokenizer, texts):
+    """(N, L) int64 ids of N texts in lower case, each padded or cut to `TOKENS`."""
+    settings = {"padding": "max_length", "max_length": TOKENS, "truncation": True}
+    lower = [text.lower() for text in texts]
+    return tokenizer(lower, return_tensors="pt", **settings).input_ids
+
+
 def build_clip(profile, tokenizer):
     """CLIPModel (Radford et al. 2021) with small towers: a text transformer and a vision transformer."""
-    width, layers = profile.clip_width, profile.clip_layers
-    tower = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": width // 32}
-    tower |= {"intermediate_size": 4 * width}
-    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    ends |= {"pad_token_id": tokenizer.pad_token_id, "max_position_embeddings": TOKENS}
-    text = CLIPTextConfig(vocab_size=len(tokenizer), projection_dim=width, **tower, **ends)
-    vision = CLIPVisionConfig(
-        image_size=profile.side,
-        patch_size=profile.side // 8,
-        num_channels=1,
-        attention_dropout=0.1,
-        projection_dim=width,
-        **tower,
-    )
-    return CLIPModel(
-        CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=width)
-    )
+    width = profile.clip_width
+    tower = {
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_hidden_layers": profile.clip_layers,
+        "num_attention_heads": width // 32,
+        "projection_dim": width,
+    }
+    text = {
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": TOKENS,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    side = profile.side
+    vision = {"image_size": side, "patch_size": side // 8, "num_channels": 1}
+    vision["attention_dropout"] = 0.1
+    config = {"text_config": tower | text, "vision_config": tower | vision, "projection_dim": width}
+    return transformers.CLIPModel(transformers.CLIPConfig(**config))
 
 
 def build_segmenter(profile):
     """MONAI UNet: (N, 1, H, W) in [-1, 1] -> (N, 4, H, W) logits of CAMUS's labels."""
-    channels = profile.segmenter_channels
-    return monai_network(
-        "UNet",
-        spatial_dims=2,
-        in_channels=1,
-        out_channels=len(camus.LABELS),
-        channels=channels,
-        strides=(2,) * (len(channels) - 1),
-        num_res_units=2,
-    )
+    return _segmenter(profile.segmenter_channels, num_res_units=2)
 
 
 def build_paper_segmenter(side):
@@ -256,17 +262,14 @@ def build_paper_segmenter(side):
     At the paper's 256 pixels (2, 4, ..., 256) with 7 strides; at 128 one level less, since instance
     normalisation has nothing to normalise in a single position.
     """
-    levels = int(math.log2(side))
-    return monai_network(
-        "UNet",
-        spatial_dims=2,
-        in_channels=1,
-        out_channels=len(camus.LABELS),
-        channels=[2 ** (level + 1) for level in range(levels)],
-        strides=(2,) * (levels - 1),
-        num_res_units=0,
-        act=("LEAKYRELU", {"negative_slope": 0.1}),
-    )
+    channels = [2**level for level in range(1, int(math.log2(side)) + 1)]
+    return _segmenter(channels, num_res_units=0, act=("LEAKYRELU", {"negative_slope": 0.1}))
+
+
+def _segmenter(channels, **settings):
+    strides, labels = (2,) * (len(channels) - 1), len(camus.LABELS)
+    shape = {"spatial_dims": 2, "in_channels": 1, "out_channels": labels}
+    return monai_network("UNet", **shape, channels=channels, strides=strides, **settings)
 
 
 def build_classifier(profile):
@@ -282,26 +285,11 @@ def build_classifier(profile):
     )
 
 
-def build_scheduler(prediction="v_prediction"):
-    """Stable Diffusion's noise schedule, sampled from its last timestep on ("trailing").
-
-    prediction: of the velocity (Salimans and Ho 2022) or of the noise, "epsilon". Stable Diffusion's
-    own spacing, "leading", starts few steps well below pure noise (Lin et al. 2024; chapter 07).
-    """
-    return DDPMScheduler(
-        num_train_timesteps=1000,
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        prediction_type=prediction,
-        clip_sample=False,
-        timestep_spacing="trailing",
-    )
-
-
-def autoencoder_factor(profile):
-    """Pixels of the image side for one of the latent side."""
-    return 2 ** (len(profile.autoencoder_channels) - 1)
+def monai_network(name, **settings):
+    """MONAI's network `name`, with its settings as `config`, as diffusers' networks have them."""
+    network = getattr(nets, name)(**settings)
+    network.config = {"_class_name": name} | settings
+    return network
 
 
 def count_parameters(module):
@@ -354,20 +342,16 @@ class TextSegmentationGuided(nn.Module):
         self.strength = strength
 
     def forward(self, noisy, timesteps, text, masks):
-        down, middle = self.controlnet(
-            noisy,
-            timesteps,
-            text,
-            controlnet_cond=control_image(masks),
-            conditioning_scale=self.strength,
-            return_dict=False,
+        hint, scale = control_image(masks), self.strength
+        added = self.controlnet(
+            noisy, timesteps, text, controlnet_cond=hint, conditioning_scale=scale
         )
         return self.unet(
             noisy,
             timesteps,
             text,
-            down_block_additional_residuals=down,
-            mid_block_additional_residual=middle,
+            down_block_additional_residuals=added.down_block_res_samples,
+            mid_block_additional_residual=added.mid_block_res_sample,
         ).sample
 
 
@@ -399,25 +383,8 @@ def control_image(masks):
 
 def _one_hot(masks):
     if masks.max() >= len(camus.LABELS) or masks.min() < 0:
+        found = masks.unique().tolist()
         raise DiffEchoError(
-            f"label map with labels {masks.unique().tolist()}, known are {camus.LABELS}; map them to these"
+            f"label map with labels {found}, known are {camus.LABELS}; map them to these"
         )
     return F.one_hot(masks.long(), len(camus.LABELS)).movedim(-1, 1).float()
-
-
-def tokens(tokenizer, texts):
-    """(N, L) int64 ids of N texts in lower case, each padded or cut to `TOKENS`."""
-    return tokenizer(
-        [text.lower() for text in texts],
-        padding="max_length",
-        max_length=TOKENS,
-        truncation=True,
-        return_tensors="pt",
-    ).input_ids
-
-
-def monai_network(name, **settings):
-    """MONAI's network `name`, with its settings as `config`, as diffusers' networks have them."""
-    network = getattr(nets, name)(**settings)
-    network.config = {"_class_name": name} | settings
-    return network

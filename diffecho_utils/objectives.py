@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from monai.losses import DiceCELoss, JukeboxLoss
 from torch import nn
 
-from diffecho_utils import data
+from diffecho_utils import data, models
 
 
 class ReconstructionObjective(nn.Module):
     """First stage of the autoencoder: L1, amplitude spectrum (MONAI's JukeboxLoss) and a whiff of KL.
 
-    Trains on random crops; `data` is {"images": (N, 1, H, W) in [-1, 1]}.
+    Trains on random crops of `images` (N, 1, H, W) in [-1, 1].
     """
 
     def __init__(self, vae, crop, spectral=1.0, kl=1e-6):
@@ -25,12 +25,12 @@ class ReconstructionObjective(nn.Module):
         self.spectrum = JukeboxLoss(spatial_dims=2, fft_norm="ortho")
 
     def draw(self, batch, generator):
-        """Random numbers for a batch: crop corners, the posterior sample's noise, and dither."""
-        n = len(batch["images"])
-        return _draw_crops(batch, self.crop, generator) | {
-            "noise": torch.randn(n, *self._latent_shape(), generator=generator),
-            "dither": torch.randn(n, 1, self.crop, self.crop, generator=generator),
-        }
+        drawn, n = _draw_crops(batch, self.crop, generator), len(batch["images"])
+        drawn["noise"] = torch.randn(
+            n, *models.latent_shape(self.network, self.crop), generator=generator
+        )
+        drawn["dither"] = torch.randn(n, 1, self.crop, self.crop, generator=generator)
+        return drawn
 
     def forward(self, images, corners, noise, dither):
         crops = _crop(images, corners, self.crop)
@@ -43,11 +43,6 @@ class ReconstructionObjective(nn.Module):
             "kl": self.kl * posterior.kl().mean(),
         }
         return sum(parts.values()), parts
-
-    def _latent_shape(self):
-        config = self.network.config
-        side = self.crop // 2 ** (len(config.block_out_channels) - 1)
-        return (config.latent_channels, side, side)
 
 
 class TextureObjective(nn.Module):
@@ -72,13 +67,11 @@ class TextureObjective(nn.Module):
         vae.quant_conv.requires_grad_(False)
 
     def draw(self, batch, generator):
-        """Random numbers for a batch: crop corners, and the latents' noise."""
-        config = self.network.config
-        side = self.crop // 2 ** (len(config.block_out_channels) - 1)
-        shape = (len(batch["images"]), config.latent_channels, side, side)
-        return _draw_crops(batch, self.crop, generator) | {
-            "noise": torch.randn(shape, generator=generator)
-        }
+        drawn, n = _draw_crops(batch, self.crop, generator), len(batch["images"])
+        drawn["noise"] = torch.randn(
+            n, *models.latent_shape(self.network, self.crop), generator=generator
+        )
+        return drawn
 
     def forward(self, images, corners, noise):
         crops = _crop(images, corners, self.crop)
@@ -119,7 +112,6 @@ class ContrastiveObjective(nn.Module):
         self.register_buffer("tokens", tokens, persistent=False)
 
     def draw(self, batch, generator):
-        """Random numbers for a batch: the jitter, and which of its prompts each frame is given."""
         n, wordings = batch["prompts"].shape
         return {
             "drawn": data.draw_jitter(n, generator),
@@ -155,7 +147,6 @@ class DiffusionObjective(nn.Module):
         self.register_buffer("snr", alpha_bar / (1 - alpha_bar), persistent=False)
 
     def draw(self, batch, generator):
-        """Random numbers for a batch: noise, timesteps, wordings, and where the condition is dropped."""
         shape, steps = batch["latents"].shape, self.scheduler.config.num_train_timesteps
         drawn = {
             "noise": torch.randn(shape, generator=generator),
@@ -171,18 +162,14 @@ class DiffusionObjective(nn.Module):
         noisy = self.scheduler.add_noise(latents, noise, timesteps)
         is_v = self.scheduler.config.prediction_type == "v_prediction"
         target = self.scheduler.get_velocity(latents, noise, timesteps) if is_v else noise
-        given = {}
-        if masks is not None:
-            given["masks"] = masks
+        given = {} if masks is None else {"masks": masks}
         if prompts is not None:
             chosen = prompts[torch.arange(len(prompts), device=prompts.device), wording]
             given["text"] = self.states[chosen.masked_fill(dropped, 0)]
         elif masks is not None:
             given["unlabelled"] = dropped
-        errors = F.mse_loss(
-            self.network(noisy, timesteps, **given).float(), target, reduction="none"
-        )
-        errors = errors.mean((1, 2, 3))
+        predicted = self.network(noisy, timesteps, **given).float()
+        errors = F.mse_loss(predicted, target, reduction="none").mean((1, 2, 3))
         if self.snr_gamma is not None:
             snr = self.snr[timesteps]
             errors = errors * snr.clamp(max=self.snr_gamma) / (snr + 1 if is_v else snr)
@@ -204,7 +191,6 @@ class SegmentationObjective(nn.Module):
         )
 
     def draw(self, batch, generator):
-        """Random numbers for a batch: those of the jitter."""
         return {"drawn": data.draw_jitter(len(batch["images"]), generator)}
 
     def forward(self, images, masks, drawn):
@@ -220,7 +206,6 @@ class ClassificationObjective(nn.Module):
         self.network, self.amounts = network, amounts
 
     def draw(self, batch, generator):
-        """Random numbers for a batch: those of the jitter."""
         return {"drawn": data.draw_jitter(len(batch["images"]), generator)}
 
     def forward(self, images, masks, labels, drawn):

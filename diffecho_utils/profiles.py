@@ -1,4 +1,4 @@
-"""Sizes and budgets, one row a profile: the same code runs all of them.
+"""Sizes and budgets, one column of a table for each profile: the same code runs all of them.
 
 Every chapter. smoke: tests, minutes for everything. cpu: laptops and the default book. gpu: one GPU.
 paper: Stable Diffusion's own networks at 512 px.
@@ -26,18 +26,15 @@ class Recipe:
     accumulation: int = 1
     save_every: int = 250
     prediction: str = "v_prediction"  # what a denoiser answers with; or "epsilon", the noise
-    snr_gamma: float | None = (
-        None  # min-SNR weights (Hang et al. 2023); None: timesteps weigh alike
-    )
+    snr_gamma: float | None = None  # min-SNR weights (Hang et al. 2023); None: all timesteps alike
 
 
 @dataclass(frozen=True)
 class Profile:
-    """One row of the table below."""
+    """One column of the table below. A recipe bears the name of its stage (`recipes`)."""
 
     name: str
     side: int  # image side, pixels
-    stretched: bool  # frames to the square, or padded to it
     patients: int | None  # patients used of each split; None: all
     phantom_patients: int
     latent_channels: int
@@ -51,202 +48,167 @@ class Profile:
     segmenter_channels: tuple[int, ...]
     classifier_channels: tuple[int, ...]
     jittered_views: int  # cached latents of each frame: one as it is, the others jittered
-    autoencoder: Recipe  # first stage: reconstruction
-    texture: Recipe  # second stage: decoder against a discriminator
+    reconstruction: Recipe  # the autoencoder's first stage
+    texture: Recipe  # its second: the decoder against a discriminator
     clip: Recipe
     unconditional: Recipe  # of each of the four networks
     text: Recipe
     text_seg: Recipe
     sdm: Recipe
-    segmentation: Recipe
-    classification: Recipe
+    segmenter: Recipe
+    classifier: Recipe
     live_steps: int  # training steps that a chapter runs while you read
     samples: int  # images that a chapter generates for its figures and metrics
     sampling_steps: int
+    pretrained: str | None  # Stable Diffusion's weights: a local folder or a name on the Hub
+    unconditional_pixels: int | None  # side of unconditional models that diffuse pixels
+    stretched: bool = False  # frames to the square, or padded to it
     phantom_seed: int = 2024
-    pretrained: str | None = None  # Stable Diffusion's weights: a local folder or a name on the Hub
-    unconditional_pixels: int | None = None  # side of unconditional models that diffuse pixels
 
 
-_CPU = Profile(
-    name="cpu",
-    side=128,
-    stretched=False,
-    patients=None,
-    phantom_patients=60,
-    latent_channels=16,
-    autoencoder_channels=(24, 48, 64, 64),
-    crop=64,
-    unconditional_channels=(32, 48, 64),
-    unet_channels=(64, 64, 96),
-    sdm_channels=(48, 80, 80),
-    clip_width=128,
-    clip_layers=3,
-    segmenter_channels=(16, 32, 64, 128),
-    classifier_channels=(16, 32, 64, 128),
-    jittered_views=4,
-    autoencoder=Recipe(steps=1200, batch=16, learning_rate=1e-3, ema=0.99, bf16=False),
-    texture=Recipe(steps=700, batch=12, learning_rate=5e-4, ema=0.99, beta1=0.5, bf16=False),
-    clip=Recipe(steps=600, batch=64, learning_rate=5e-4, weight_decay=0.1, ema=0.99),
-    unconditional=Recipe(steps=1500, batch=32, learning_rate=1e-3, ema=0.998),
-    text=Recipe(steps=2000, batch=32, learning_rate=1e-3, ema=0.998),
-    text_seg=Recipe(steps=1500, batch=32, learning_rate=1e-3, ema=0.998),
-    sdm=Recipe(steps=2000, batch=32, learning_rate=1e-3, ema=0.998),
-    segmentation=Recipe(steps=1000, batch=8, learning_rate=4e-3, ema=0.99, weight_decay=1e-4),
-    classification=Recipe(steps=800, batch=32, learning_rate=1e-3, ema=0.99, weight_decay=1e-2),
-    live_steps=60,
-    samples=200,
-    sampling_steps=20,
-)
+# Models that are trained in more than the one stage of their own name: the recipes, in order.
+STAGES = {"autoencoder": ("reconstruction", "texture")}
 
-PROFILES = {
-    "smoke": replace(
-        _CPU,
-        name="smoke",
-        side=64,
-        patients=6,
-        phantom_patients=20,
-        latent_channels=4,
-        autoencoder_channels=(8, 8, 16, 16),
-        unconditional_channels=(16, 32),
-        unet_channels=(16, 32),
-        sdm_channels=(16, 32),
-        clip_width=32,
-        clip_layers=1,
-        segmenter_channels=(4, 8, 8),
-        classifier_channels=(4, 8, 8, 8),
-        jittered_views=1,
-        autoencoder=Recipe(steps=4, batch=4, learning_rate=1e-3, warmup=1, save_every=2),
-        texture=Recipe(steps=4, batch=4, learning_rate=1e-4, warmup=1, save_every=2),
-        **dict.fromkeys(
-            ("clip", "unconditional", "text", "text_seg", "sdm", "segmentation", "classification"),
-            Recipe(steps=4, batch=4, learning_rate=1e-3, warmup=1, save_every=2),
-        ),
-        live_steps=4,
-        samples=16,
-        sampling_steps=4,
+_MOMENT = Recipe(steps=4, batch=4, learning_rate=1e-3, warmup=1, save_every=2)
+_PAPER = Recipe(steps=120000, batch=4, learning_rate=1e-4, ema=0.9999, prediction="epsilon")
+_TUNED = replace(_PAPER, batch=1, learning_rate=5e-6, schedule="constant")  # Stable Diffusion's
+
+_TABLE = {
+    "name": ("smoke", "cpu", "gpu", "paper"),
+    "side": (64, 128, 256, 512),
+    "patients": (6, None, None, None),
+    "phantom_patients": (20, 60, 60, 60),
+    "latent_channels": (4, 16, 16, 4),
+    "crop": (64, 64, 128, 256),
+    "jittered_views": (1, 4, 16, 16),
+    "live_steps": (4, 60, 500, 1000),
+    "samples": (16, 200, 1000, 2000),
+    "sampling_steps": (4, 20, 20, 1000),
+    "unconditional_pixels": (None, None, None, 128),
+    "pretrained": (None, None, None, "stable-diffusion-v1-5/stable-diffusion-v1-5"),
+    "clip_width": (32, 128, 256, 768),
+    "clip_layers": (1, 3, 4, 12),
+    "autoencoder_channels": (
+        (8, 8, 16, 16),
+        (24, 48, 64, 64),
+        (64, 128, 128, 128),
+        (128, 256, 512, 512),
     ),
-    "cpu": _CPU,
-    "gpu": replace(
-        _CPU,
-        name="gpu",
-        side=256,
-        autoencoder_channels=(64, 128, 128, 128),
-        crop=128,
-        unconditional_channels=(64, 128, 192),
-        unet_channels=(128, 256, 384),
-        sdm_channels=(128, 192, 256),
-        clip_width=256,
-        clip_layers=4,
-        segmenter_channels=(32, 64, 128, 256, 256),
-        classifier_channels=(32, 64, 128, 256),
-        jittered_views=16,
-        autoencoder=Recipe(steps=6000, batch=32, learning_rate=5e-4, bf16=False),
-        texture=Recipe(steps=4000, batch=32, learning_rate=2e-4, beta1=0.5, bf16=False),
-        clip=Recipe(steps=3000, batch=256, learning_rate=5e-4, weight_decay=0.1, ema=0.99),
-        unconditional=Recipe(steps=5000, batch=64, learning_rate=3e-4, ema=0.9995),
-        text=Recipe(steps=12000, batch=128, learning_rate=3e-4, ema=0.9995),
-        text_seg=Recipe(steps=8000, batch=128, learning_rate=3e-4, ema=0.9995),
-        sdm=Recipe(steps=12000, batch=128, learning_rate=3e-4, ema=0.9995),
-        segmentation=Recipe(steps=6000, batch=32, learning_rate=1e-3, weight_decay=1e-4),
-        classification=Recipe(steps=3000, batch=64, learning_rate=1e-3, weight_decay=1e-2),
-        live_steps=500,
-        samples=1000,
+    "unconditional_channels": (
+        (16, 32),
+        (32, 48, 64),
+        (64, 128, 192),
+        (64, 64, 128, 128, 256, 256),
     ),
-    "paper": replace(
-        _CPU,
-        name="paper",
-        side=512,
-        latent_channels=4,
-        autoencoder_channels=(128, 256, 512, 512),
-        crop=256,
-        unconditional_channels=(64, 64, 128, 128, 256, 256),
-        unet_channels=(320, 640, 1280, 1280),
-        sdm_channels=(256, 256, 512, 512),
-        clip_width=768,
-        clip_layers=12,
-        segmenter_channels=(2, 4, 8, 16, 32, 64, 128, 256),
-        classifier_channels=(64, 128, 256, 512),
-        jittered_views=16,
-        pretrained="stable-diffusion-v1-5/stable-diffusion-v1-5",
-        unconditional_pixels=128,
-        autoencoder=Recipe(steps=50000, batch=8, learning_rate=1e-4, bf16=False),
-        texture=Recipe(steps=50000, batch=8, learning_rate=1e-4, bf16=False),
-        clip=Recipe(steps=20000, batch=256, learning_rate=1e-4, weight_decay=0.1),
-        unconditional=Recipe(
-            steps=10000,
-            batch=16,
-            learning_rate=1e-4,
-            warmup=500,
-            ema=0.9999,
-            prediction="epsilon",
-        ),
-        text=Recipe(
-            steps=35000,
-            batch=1,
-            accumulation=4,
-            learning_rate=1e-5,
-            schedule="constant",
-            ema=0.9999,
-            prediction="epsilon",
-        ),
-        text_seg=Recipe(
-            steps=120000,
-            batch=1,
-            learning_rate=5e-6,
-            schedule="constant",
-            ema=0.9999,
-            prediction="epsilon",
-        ),
-        sdm=Recipe(steps=120000, batch=4, learning_rate=1e-4, ema=0.9999, prediction="epsilon"),
-        segmentation=Recipe(steps=30000, batch=16, learning_rate=1e-3),
-        classification=Recipe(steps=3000, batch=16, learning_rate=1e-3),
-        live_steps=1000,
-        samples=2000,
-        sampling_steps=1000,
+    "unet_channels": ((16, 32), (64, 64, 96), (128, 256, 384), (320, 640, 1280, 1280)),
+    "sdm_channels": ((16, 32), (48, 80, 80), (128, 192, 256), (256, 256, 512, 512)),
+    "segmenter_channels": (
+        (4, 8, 8),
+        (16, 32, 64, 128),
+        (32, 64, 128, 256, 256),
+        (2, 4, 8, 16, 32, 64, 128, 256),
+    ),
+    "classifier_channels": (
+        (4, 8, 8, 8),
+        (16, 32, 64, 128),
+        (32, 64, 128, 256),
+        (64, 128, 256, 512),
+    ),
+    "reconstruction": (
+        _MOMENT,
+        Recipe(steps=1200, batch=16, learning_rate=1e-3, ema=0.99, bf16=False),
+        Recipe(steps=6000, batch=32, learning_rate=5e-4, bf16=False),
+        Recipe(steps=50000, batch=8, learning_rate=1e-4, bf16=False),
+    ),
+    "texture": (
+        replace(_MOMENT, learning_rate=1e-4),
+        Recipe(steps=700, batch=12, learning_rate=5e-4, ema=0.99, beta1=0.5, bf16=False),
+        Recipe(steps=4000, batch=32, learning_rate=2e-4, beta1=0.5, bf16=False),
+        Recipe(steps=50000, batch=8, learning_rate=1e-4, bf16=False),
+    ),
+    "clip": (
+        _MOMENT,
+        Recipe(steps=600, batch=64, learning_rate=5e-4, weight_decay=0.1, ema=0.99),
+        Recipe(steps=3000, batch=256, learning_rate=5e-4, weight_decay=0.1, ema=0.99),
+        Recipe(steps=20000, batch=256, learning_rate=1e-4, weight_decay=0.1),
+    ),
+    "unconditional": (
+        _MOMENT,
+        Recipe(steps=1500, batch=32, learning_rate=1e-3, ema=0.998),
+        Recipe(steps=5000, batch=64, learning_rate=3e-4, ema=0.9995),
+        replace(_PAPER, steps=10000, batch=16, warmup=500),
+    ),
+    "text": (
+        _MOMENT,
+        Recipe(steps=2000, batch=32, learning_rate=1e-3, ema=0.998),
+        Recipe(steps=12000, batch=128, learning_rate=3e-4, ema=0.9995),
+        replace(_TUNED, steps=35000, accumulation=4, learning_rate=1e-5),
+    ),
+    "text_seg": (
+        _MOMENT,
+        Recipe(steps=1500, batch=32, learning_rate=1e-3, ema=0.998),
+        Recipe(steps=8000, batch=128, learning_rate=3e-4, ema=0.9995),
+        _TUNED,
+    ),
+    "sdm": (
+        _MOMENT,
+        Recipe(steps=2000, batch=32, learning_rate=1e-3, ema=0.998),
+        Recipe(steps=12000, batch=128, learning_rate=3e-4, ema=0.9995),
+        _PAPER,
+    ),
+    "segmenter": (
+        _MOMENT,
+        Recipe(steps=1000, batch=8, learning_rate=4e-3, ema=0.99, weight_decay=1e-4),
+        Recipe(steps=6000, batch=32, learning_rate=1e-3, weight_decay=1e-4),
+        Recipe(steps=30000, batch=16, learning_rate=1e-3),
+    ),
+    "classifier": (
+        _MOMENT,
+        Recipe(steps=800, batch=32, learning_rate=1e-3, ema=0.99, weight_decay=1e-2),
+        Recipe(steps=3000, batch=64, learning_rate=1e-3, weight_decay=1e-2),
+        Recipe(steps=3000, batch=16, learning_rate=1e-3),
     ),
 }
+_COLUMNS = [dict(zip(_TABLE, column, strict=True)) for column in zip(*_TABLE.values(), strict=True)]
+PROFILES = {column["name"]: Profile(**column) for column in _COLUMNS}
 
 
-# Which rows of a profile are the recipes of a model (`training.MODELS`), stage by stage.
-_RECIPES = {"autoencoder": ("autoencoder", "texture"), "text-seg": ("text_seg",)}
-_RECIPES |= {"segmenter": ("segmentation",), "classifier": ("classification",)}
+def recipes(profile, model):
+    """{stage: recipe} of the stages that `model` (`training.MODELS`) is trained in, in order."""
+    stages = STAGES.get(model, (model.replace("-", "_"),))
+    return {stage: getattr(profile, stage) for stage in stages}
 
 
 def adapt(profile, model, *, steps=None, **changes):
-    """The profile with another recipe for `model`, for machines that it was not made for.
+    """The profile with other recipes for `model`, for machines that it was not made for.
 
     steps: one number a stage; changes: other rows of `Recipe`, of every stage; None: as they are.
     """
-    names = _RECIPES.get(model, (model,))
-    steps = list(steps or [None] * len(names))
-    if len(steps) != len(names):
+    found = recipes(profile, model)
+    steps = list(steps or [None] * len(found))
+    if len(steps) != len(found):
         raise DiffEchoError(
-            f"{model} has {len(names)} stages, given steps for {len(steps)}: {steps}"
+            f"{model} has {len(found)} stages, given steps for {len(steps)}: {steps}"
         )
     changes = {name: value for name, value in changes.items() if value is not None}
-    recipes = {}
-    for name, n in zip(names, steps, strict=True):
-        recipe = replace(getattr(profile, name), **changes)
-        warmup = min(recipe.warmup, (n or recipe.steps) // 4)
-        recipes[name] = replace(recipe, steps=n or recipe.steps, warmup=warmup)
-    return replace(profile, **recipes)
+    for (stage, recipe), n in zip(found.items(), steps, strict=True):
+        recipe = replace(recipe, **changes, steps=n or recipe.steps)
+        found[stage] = replace(recipe, warmup=min(recipe.warmup, recipe.steps // 4))
+    return replace(profile, **found)
 
 
 def narrowed(profile, width):
-    """The profile with networks `width` times as wide: weights and time go with about its square.
+    """The profile with networks `width` times as wide: weights and time go with about its square."""
+    # Channels stay multiples of what the normalisation layers divide them by
+    divided = {"autoencoder_channels": 8, "clip_width": 32}
+    divided |= {"unconditional_channels": 16, "unet_channels": 16, "sdm_channels": 16}
 
-    Channels are rounded to what the normalisation layers divide by: 8 in the autoencoder, 16 in the
-    denoisers, 32 in CLIP.
-    """
-    parts = {"autoencoder_channels": 8, "clip_width": 32}
-    parts |= dict.fromkeys(("unconditional_channels", "unet_channels", "sdm_channels"), 16)
-    changed = {}
-    for name, multiple in parts.items():
-        old = getattr(profile, name)
-        widths = old if isinstance(old, tuple) else (old,)
-        new = tuple(max(multiple, round(c * width / multiple) * multiple) for c in widths)
-        changed[name] = new if isinstance(old, tuple) else new[0]
+    def narrow(channels, by):
+        if isinstance(channels, tuple):
+            return tuple(narrow(each, by) for each in channels)
+        return max(by, round(channels * width / by) * by)
+
+    changed = {row: narrow(getattr(profile, row), by) for row, by in divided.items()}
     return replace(profile, **changed)
 
 

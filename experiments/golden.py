@@ -67,7 +67,7 @@ def trained(frames, profile, folder):
     folders = {model: folder / model for model in training.MODELS}
     for model, needs in training.MODELS.items():
         needed = {name: folders[name] for name in needs}
-        log = training.train(model, frames, profile, folders[model], needs=needed, progress=str)
+        log = training.train(model, frames, profile, folders[model], needs=needed, say=str)
         say(f"training, {model}", checkpoints.weights_digest(folders[model]), log[["step", "loss"]])
     return folders
 
@@ -117,7 +117,7 @@ def downstream_runs(frames, profile):
         ("segmentation, paper", downstream.segmentation_run, {"recipe": "paper"}),
         ("classification", downstream.classification_run, {"network": "small"}),
     ):
-        pair = [train(known, unseen, profile, seed=s, progress=str, **settings) for s in (0, 1)]
+        pair = [train(known, unseen, profile, seed=s, say=str, **settings) for s in (0, 1)]
         for run in pair:
             del run["seconds"]
         say(f"runs, {task}", pair)

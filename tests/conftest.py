@@ -13,7 +13,7 @@ import pytest
 import torch
 from filelock import FileLock
 
-from diffecho_utils import assets, camus, data, phantom, profiles, results
+from diffecho_utils import assets, camus, data, phantom, profiles, results, training
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "camus"
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
@@ -121,3 +121,14 @@ def smoke():
 def frames(phantom_root, smoke):
     """All frames of the phantom at the smoke profile's size."""
     return data.load_frames(camus.read_table(phantom_root), smoke)
+
+
+@pytest.fixture(scope="session")
+def trained(smoke, frames, tmp_path_factory):
+    """Every model, trained for a moment on the phantom: {model: folder}."""
+    root = tmp_path_factory.mktemp("trained")
+    folders = {model: root / model for model in training.MODELS}
+    for model, needs in training.MODELS.items():
+        built_on = {name: folders[name] for name in needs}
+        training.train(model, frames, smoke, folders[model], needs=built_on, say=str)
+    return folders

@@ -25,24 +25,18 @@ def folder(clip, tokenizer, tmp_path):
     return tmp_path / "clip"
 
 
-def test_every_word_of_the_templates_is_one_token(tokenizer):
+def test_words_of_the_templates_are_one_token_and_any_other_can_be_spelled(tokenizer):
     pieces = [piece for word in prompts.vocabulary() for piece in word.split("-")]
     split = {piece: tokenizer.tokenize(piece) for piece in pieces}
     assert all(len(tokens) == 1 for tokens in split.values()), split
-
-
-def test_any_word_can_be_spelled(tokenizer):
     for text in ("hypertrophic", "zzxqj", "naïve", "心", "EF < 35 %"):
         ids = tokenizer(text).input_ids
         assert (ids[0], ids[-1]) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
         assert tokenizer.eos_token_id not in ids[1:-1], f"{text}: a piece is unknown"
         spelled = tokenizer.decode(ids, skip_special_tokens=True)
         assert spelled.replace(" ", "") == text.lower().replace(" ", "")
-
-
-def test_the_same_texts_give_the_same_tokenizer(tokenizer):
     again = models.build_tokenizer(reversed(prompts.every()))
-    assert again.get_vocab() == tokenizer.get_vocab()
+    assert again.get_vocab() == tokenizer.get_vocab(), "the same texts in another order"
 
 
 def test_prompts_fit_and_case_does_not_matter(tokenizer):
@@ -102,13 +96,10 @@ def test_stock_transformers_loads_the_folder(folder, clip, tokenizer):
     stock = CLIPModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32).eval()
     words = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     texts = ["apical four-chamber view at end-systole", "hypertrophic"]
-    ids = words(
-        texts, padding="max_length", max_length=models.TOKENS, return_tensors="pt"
-    ).input_ids
+    whole = {"padding": "max_length", "max_length": models.TOKENS, "return_tensors": "pt"}
+    ids, side = words(texts, **whole).input_ids, clip.config.vision_config.image_size
     assert torch.equal(ids, models.tokens(tokenizer, texts))
-    pixels = torch.zeros(
-        2, 1, clip.config.vision_config.image_size, clip.config.vision_config.image_size
-    )
+    pixels = torch.zeros(2, 1, side, side)
     with torch.no_grad():
         theirs, ours = (m(input_ids=ids, pixel_values=pixels) for m in (stock, clip))
     for name in ("text_embeds", "image_embeds"):

@@ -137,7 +137,7 @@ def trained(device, smoke, few, tmp_path_factory):
         Pretend.ran.clear()
         built_on = {name: folders[name] for name in needs}
         profile = replace(smoke, **recipes)
-        training.train(model, few, profile, folders[model], needs=built_on, progress=str)
+        training.train(model, few, profile, folders[model], needs=built_on, say=str)
         assert Pretend.ran[aten.convolution_backward], f"{model} was trained on the CPU"
     return folders
 
@@ -161,20 +161,14 @@ def test_mixing_is_refused(device):
             mixed()
 
 
-def test_one_step_of_each_model(trained):
-    assert all(
-        checkpoints.read_training(folder)["model"] == name for name, folder in trained.items()
-    )
-
-
 def test_a_run_that_goes_on(device, smoke, few, tmp_path):
     tensors = {"images": few.images, "masks": few.masks, "labels": few.classes}
-    recipe, said = replace(smoke.classification, steps=3, batch=2, save_every=1), []
+    recipe, said = replace(smoke.classifier, steps=3, batch=2, save_every=1), []
 
     def fit(look):
         objective = objectives.ClassificationObjective(models.build_classifier(smoke))
         state, watch = tmp_path / "state", ({2}, look)
-        training.fit(objective, tensors, recipe, state, progress=said.append, watch=watch)
+        training.fit(objective, tensors, recipe, state, say=said.append, watch=watch)
 
     with pytest.raises(ZeroDivisionError):
         fit(lambda step: 1 / 0)

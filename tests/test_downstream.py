@@ -93,14 +93,14 @@ def test_paper_segmenter_has_the_papers_size():
 @pytest.mark.parametrize("recipe", ["tuned", "paper"])
 def test_a_run_scores_every_test_frame_and_its_curve_ends_where_the_run_ends(frames, smoke, recipe):
     run = downstream.segmentation_run(
-        frames, frames, smoke, seed=1, recipe=recipe, steps=6, points=3, progress=lambda line: None
+        frames, frames, smoke, seed=1, recipe=recipe, steps=6, points=3, say=lambda line: None
     )
     assert [row[0] for row in run["curve"]] == [2, 4, 6] and run["frames"] == len(frames)
     np.testing.assert_allclose(run["curve"][-1][1:], np.nanmean(run["dice"], 0), atol=2e-4)
     assert np.shape(run["dice"]) == np.shape(run["hd95"]) == (len(frames), 3)
     assert set(run["ef"]) == set(frames.table["patient"])
     again = downstream.segmentation_run(
-        frames, frames, smoke, seed=1, recipe=recipe, steps=6, points=1, progress=lambda line: None
+        frames, frames, smoke, seed=1, recipe=recipe, steps=6, points=1, say=lambda line: None
     )
     np.testing.assert_array_equal(run["dice"], again["dice"])  # looking on changes nothing
 
@@ -261,7 +261,7 @@ def test_classification_scores_are_scikit_learns():
 
 def test_a_classification_run_scores_every_test_frame(frames, smoke):
     few = frames.where(np.arange(len(frames)) < 8)
-    run = downstream.classification_run(few, few, smoke, steps=2, points=1, progress=lambda _: None)
+    run = downstream.classification_run(few, few, smoke, steps=2, points=1, say=lambda _: None)
     assert np.shape(run["probabilities"]) == (8, 4) and run["curve"][-1][0] == 2
     np.testing.assert_allclose(np.sum(run["probabilities"], 1), 1, atol=1e-3)
     assert run["curve"][-1][1] == pytest.approx(run["scores"]["class"]["accuracy"], abs=1e-4)
@@ -333,7 +333,7 @@ def test_small_and_frozen_classifiers_train_at_another_side(frames, smoke):
     few = frames.where(np.arange(len(frames)) < 8)
     settings = {"side": 32, "steps": 2, "points": 2, "recipe": {"batch": 2}}
     run = downstream.classification_run(
-        few, few, smoke, network="small", progress=lambda _: None, **settings
+        few, few, smoke, network="small", say=lambda _: None, **settings
     )
     assert run["side"] == 32 and run["batch"] == 2 and run["network"] == "small"
     assert run["parameters"] == models.count_parameters(models.build_classifier(smoke))

@@ -53,22 +53,18 @@ def test_stock_diffusers_loads_the_folders(saved):
 
 
 def test_monai_networks_survive_saving(smoke, tmp_path):
-    for name, build in (
-        ("segmenter", models.build_segmenter),
-        ("classifier", models.build_classifier),
-        ("sdm", models.build_sdm),
-    ):
-        network = build(smoke)
+    for name in ("segmenter", "classifier", "sdm"):
+        network = getattr(models, f"build_{name}")(smoke)
         checkpoints.save([("", network)], tmp_path / name, {"side": 64})
-        loaded = checkpoints.load_network(tmp_path / name).network
+        stored = load_file(tmp_path / name / checkpoints.WEIGHTS)
         for key, tensor in network.state_dict().items():
-            torch.testing.assert_close(loaded.state_dict()[key], tensor, atol=1e-3, rtol=1e-3)
+            torch.testing.assert_close(stored[key].float(), tensor.float(), atol=1e-3, rtol=1e-3)
         config = json.loads((tmp_path / name / "config.json").read_text())
         stock = getattr(monai.networks.nets, config.pop("_class_name"))(**config)
         stock.load_state_dict(load_file(tmp_path / name / checkpoints.WEIGHTS))
 
 
-def test_generator_finds_its_autoencoder(saved):
+def test_generator_finds_its_autoencoder(saved, smoke):
     root, _, _ = saved
     generator = checkpoints.load_generator(root / "unconditional")
     assert generator.latent_shape == (4, 8, 8) and not generator.denoiser.training
@@ -78,10 +74,6 @@ def test_generator_finds_its_autoencoder(saved):
         checkpoints.load_generator(root / "unconditional")
     with pytest.raises(DiffEchoError, match="a checkpoint of None, no generator"):
         checkpoints.load_generator(root / "elsewhere")
-
-
-def test_another_autoencoder_is_refused(saved, smoke):
-    root, _, _ = saved
     checkpoints.save([("", models.build_autoencoder(smoke))], root / "autoencoder", {})
     with pytest.raises(DiffEchoError, match="SHA-256 differs"):
         checkpoints.load_generator(root / "unconditional")
@@ -90,26 +82,23 @@ def test_another_autoencoder_is_refused(saved, smoke):
 def test_damage_is_named(saved):
     root, _, _ = saved
     folder = root / "autoencoder"
-    weights = folder / checkpoints.WEIGHTS
-    whole = weights.read_bytes()
-    weights.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(DiffEchoError, match="half-written or missing"):
-        checkpoints.load_autoencoder(folder)
-    weights.unlink()
-    with pytest.raises(DiffEchoError, match="half-written or missing"):
-        checkpoints.load_autoencoder(folder)
-    weights.write_bytes(whole)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"latent_channels": 8}))
-    with pytest.raises(DiffEchoError, match="different architectures"):
-        checkpoints.load_autoencoder(folder)
-    (folder / "config.json").write_text(json.dumps(config)[:40])
-    with pytest.raises(DiffEchoError, match="half-written"):
-        checkpoints.load_autoencoder(folder)
+    weights, config = folder / checkpoints.WEIGHTS, folder / "config.json"
+    whole, known = weights.read_bytes(), config.read_bytes()
+    wide = json.dumps(json.loads(known) | {"latent_channels": 8}).encode()
+    for path, content, said in (
+        (weights, whole[: len(whole) // 2], "half-written or missing"),
+        (weights, None, "half-written or missing"),
+        (config, wide, "different architectures .*size mismatch"),
+        (config, known[:40], "config.json: half-written"),
+        (config, None, "config.json: missing"),
+    ):
+        path.unlink() if content is None else path.write_bytes(content)
+        with pytest.raises(DiffEchoError, match=said):
+            checkpoints.load_autoencoder(folder)
+        weights.write_bytes(whole)
+        config.write_bytes(known)
     with pytest.raises(DiffEchoError, match="holds a UNet2DModel, expected a AutoencoderKL"):
         checkpoints.load_autoencoder(root / "unconditional" / "2CH-ED")
-    with pytest.raises(DiffEchoError, match="no config.json"):
-        checkpoints.load_autoencoder(root)
 
 
 @pytest.mark.parametrize("name", profiles.PROFILES)
@@ -128,9 +117,19 @@ def test_networks_fit_together(name):
     assert profile.crop % models.autoencoder_factor(profile) == 0 and profile.crop <= profile.side
 
 
-def test_unknown_profile_names_the_known_ones():
+def test_profiles_are_found_and_adapted():
     with pytest.raises(DiffEchoError, match="smoke, cpu, gpu, paper"):
         profiles.get("laptop")
+    cpu = profiles.get("cpu")
+    changed = profiles.adapt(cpu, "autoencoder", steps=[40, 100], batch=2, ema=None)
+    first, second = profiles.recipes(changed, "autoencoder").values()
+    assert (first.steps, first.warmup, first.batch) == (40, 10, 2)
+    assert (second.steps, second.warmup, second.ema) == (100, 25, cpu.texture.ema)
+    assert list(profiles.recipes(cpu, "text-seg")) == ["text_seg"]
+    with pytest.raises(DiffEchoError, match="autoencoder has 2 stages, given steps for 1"):
+        profiles.adapt(cpu, "autoencoder", steps=[4])
+    narrow = profiles.narrowed(cpu, 0.5)
+    assert narrow.autoencoder_channels == (16, 24, 32, 32) and narrow.clip_width == 64
 
 
 def test_label_maps_become_rgb_pictures():
