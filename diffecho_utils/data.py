@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 
-from diffecho_utils import camus, files, prompts
+from diffecho_utils import assets, camus, files, prompts
 
 _CACHE_VERSION = 3  # raise when the preprocessing below changes
 
@@ -66,6 +66,19 @@ def joined(*parts):
     table.attrs = dict(tables[0].attrs)
     images, masks = (torch.cat([getattr(p, n) for p in parts]) for n in ("images", "masks"))
     return Frames(images, masks, table)
+
+
+def open_frames(root_or_table, split, like, patients=None):
+    """The frames of a folder as whoever reads them learned to: `Frames`, cached in the workspace.
+
+    root_or_table: the folder, or its table where it is read already (`camus.read_table`); split and
+    patients: which of them, as `camus.select` (split "all": every patient); like: as `load_frames`.
+    """
+    table = root_or_table
+    if not isinstance(table, pd.DataFrame):
+        table = camus.read_table(root_or_table)
+    rows = camus.select(table, split, patients=patients)
+    return load_frames(rows, like, assets.workspace() / "cache")
 
 
 def load_frames(table, like, cache_dir=None):
