@@ -117,7 +117,7 @@ def downstream_runs(frames, profile):
         ("segmentation, paper", downstream.segmentation_run, {"recipe": "paper"}),
         ("classification", downstream.classification_run, {"network": "small"}),
     ):
-        pair = [train(known, unseen, profile, seed=s, progress=str, **settings) for s in (0, 1)]
+        pair = [train(known, unseen, profile, seed=s, say=str, **settings) for s in (0, 1)]
         for run in pair:
             del run["seconds"]
         say(f"runs, {task}", pair)
