@@ -244,10 +244,11 @@ def encode(vae, images):
     """
     if vae is None:
         return images
-    vae, layout = vae.to(memory_format=torch.channels_last), torch.channels_last  # faster
+    vae = vae.to(memory_format=torch.channels_last)  # faster
 
     def mean(part):
-        return vae.encode(part.to(memory_format=layout)).latent_dist.mean.float()
+        part = part.to(memory_format=torch.channels_last)
+        return vae.encode(part).latent_dist.mean.float()
 
     return in_batches(mean, images, vae).contiguous() * vae.config.scaling_factor
 

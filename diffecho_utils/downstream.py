@@ -39,8 +39,7 @@ LABEL_WEIGHTS = (0.05, 0.25, 0.35, 0.35)  # of the paper's cross-entropy: backgr
 def with_synthetic(real, synthetic, share, seed=0):
     """Real frames and, of each class, `share` times as many synthetic ones: `data.Frames`.
 
-    Which of a larger set are taken is drawn with `seed`. Raises DiffEchoError for a class with too
-    few.
+    Which of a larger set is drawn with `seed`. Raises DiffEchoError for a class with too few.
     """
     rng, rows = np.random.default_rng(seed), []
     for index, name in enumerate(camus.CLASS_NAMES):
@@ -298,8 +297,8 @@ def class_accuracies(probabilities, classes):
 def classification_scores(probabilities, classes):
     """{"class", "view", "phase"}: accuracy, precision, recall, f1 (macro) and calibration_error.
 
-    Those of view and phase from the sums of the four classes' probabilities: (N, 4), (N,). The
-    calibration error is the mean gap between certainty and accuracy in ten bins (Guo et al. 2017).
+    probabilities (N, 4), classes (N,); see `classification_questions`. The calibration error is the
+    mean gap between certainty and accuracy in ten bins (Guo et al. 2017).
     """
     questions = classification_questions(torch.as_tensor(probabilities), torch.as_tensor(classes))
     found = {}
@@ -320,7 +319,7 @@ def classification_scores(probabilities, classes):
 def classification_questions(probabilities, classes):
     """{"class", "view", "phase"}: (probabilities of its answers (N, K), the right ones (N,)).
 
-    Those of view and phase are sums of the four classes' probabilities: tensors (N, 4) and (N,).
+    Of tensors (N, 4), (N,); those of view and phase are sums of the four classes' probabilities.
     """
     pairs = probabilities.unflatten(1, (len(camus.VIEWS), len(camus.PHASES)))
     # A sum a rounding error above 1 would be taken for a logit by torchmetrics

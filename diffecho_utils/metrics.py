@@ -44,7 +44,7 @@ def ms_ssim(images, reference):
 def radial_spectrum(images):
     """Mean power spectrum over direction: (frequencies in cycles a pixel, power in dB), each (H/2 - 1,).
 
-    The images' means are removed and a Hann window keeps the borders out of it.
+    Without the images' means, under a Hann window.
     """
     side = images.shape[-1]
     power, depth, sideways = _power(images - images.mean((2, 3), keepdim=True))
@@ -55,10 +55,9 @@ def radial_spectrum(images):
 
 
 def power_by_direction(images, low=0.125, high=0.375, bins=18):
-    """Power of fine detail by direction: (N, bins); 0 degrees varies sideways, 90 along depth.
+    """Power of fine detail by direction, 0 degrees sideways, 90 along depth: (N, bins) over 180 degrees.
 
-    Frequencies between `low` and `high` cycles a pixel, under a Hann window; bin b covers the
-    directions from b to b + 1 times 180 / bins degrees.
+    Of frequencies between `low` and `high` cycles a pixel, under a Hann window.
     """
     power, depth, sideways = _power(images)
     radius = torch.hypot(depth, sideways)
@@ -100,10 +99,7 @@ def latent_features(latents, grid=4):
 
 
 def network_features(network, images):
-    """What the last linear layer of `network` (a classifier) is given: (N, D) float64.
-
-    One pass of the network, overheard by a hook.
-    """
+    """What the last linear layer of `network` (a classifier) is given, overheard by a hook: (N, D) float64."""
     layer, heard = [m for m in network.modules() if isinstance(m, nn.Linear)][-1], []
     hook = layer.register_forward_pre_hook(lambda _, given: heard.append(given[0].flatten(1).cpu()))
     try:
@@ -126,10 +122,9 @@ def clip_features(clip, images):
 def load_inception(weights=None):
     """The Inception-v3 of published FIDs: a module (N, 3, H, W) uint8 -> (N, 2048).
 
-    weights: a TorchScript file of it (StyleGAN's inception-2015-12-05.pt), which needs no further
-    package; loading it runs its code, so take it from a source you trust. None: torchmetrics' own,
-    which needs torch-fidelity and fetches its weights once. Both resize to 299 pixels themselves.
-    Raises DiffEchoError where neither can be had.
+    weights: a TorchScript file of it (StyleGAN's inception-2015-12-05.pt), whose code is run, so take it
+    from a source you trust. None: torchmetrics' own, which needs torch-fidelity and fetches its weights
+    once. Both resize to 299 pixels themselves. Raises DiffEchoError where neither can be had.
     """
     if weights is not None:
         try:
@@ -159,7 +154,7 @@ def inception_features(inception, images):
 
 
 def nearest(a, b):
-    """Distance of each row of `a` from the nearest row of `b`, root mean square: (N, ...), (M, ...) -> (N,).
+    """Distance of each row of `a` from the nearest of `b`, root mean square: (N, ...), (M, ...) -> (N,).
 
     Generated frames that lie closer to the training frames than held-out real ones do are copies.
     """
@@ -176,10 +171,7 @@ class Gaussian:
 
 
 def fitted(features):
-    """The `Gaussian` of features (N, D); to be kept where many sets are compared with one.
-
-    Raises DiffEchoError for fewer than two rows, and for values that are not finite.
-    """
+    """The `Gaussian` of features (N, D), N > 1 and finite; to be kept where many sets are compared with one."""
     x = np.asarray(features, dtype=np.float64)
     if x.ndim != 2 or len(x) < 2:
         raise DiffEchoError(f"features of shape {x.shape}: a Gaussian needs (N, D), N > 1")
@@ -198,10 +190,9 @@ def fitted(features):
 def frechet_distance(a, b):
     """Frechet distance of the Gaussians fitted to two sets of features, (N, D) and (M, D).
 
-    |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) (Heusel et al. 2017). The trace of the matrix
-    root is the sum of the singular values of X_a X_b^T, with X the centred features over
-    sqrt(n - 1): no matrix root, and exact for fewer images than dimensions. Either may be `fitted`
-    already.
+    |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) (Heusel et al. 2017). The trace of the matrix root
+    is the sum of the singular values of X_a X_b^T, with X the centred features over sqrt(n - 1): exact
+    for fewer images than dimensions. Either may be `fitted` already.
     """
     a, b = (x if isinstance(x, Gaussian) else fitted(x) for x in (a, b))
     if len(a.mean) != len(b.mean):
@@ -216,8 +207,7 @@ def frechet_distance(a, b):
 def frechet_at_infinity(a, b, seed=0, points=10, repeats=5):
     """Frechet distance extrapolated to infinitely many `a` (Chong and Forsyth 2020).
 
-    The bias falls as 1/N: distances of random subsets of a, from half of it to all, are fitted by a
-    line in 1/N, whose value at 0 is returned.
+    Its bias falls as 1/N: those of random subsets, from half of a to all, are fitted by a line in 1/N.
     """
     rng, b = np.random.default_rng(seed), b if isinstance(b, Gaussian) else fitted(b)
     sizes = np.repeat(np.linspace(len(a) // 2, len(a), points).astype(int), repeats)
@@ -228,8 +218,8 @@ def frechet_at_infinity(a, b, seed=0, points=10, repeats=5):
 def kernel_distance(a, b):
     """Kernel distance (KID, Binkowski et al. 2018) of features (N, D), (M, D): unbiased at any N > 1.
 
-    Squared maximum mean discrepancy with the kernel (x.y / D + 1)^3, over all pairs, none left out;
-    around zero, and as often below it as above, for two draws from one distribution.
+    Squared maximum mean discrepancy with the kernel (x.y / D + 1)^3 over all pairs; around zero, and as
+    often below as above, for two draws from one distribution.
     """
     a, b = _two_sets(a, b, 2, "a kernel distance")
     pairs = (a, a), (b, b), (a, b)
@@ -270,10 +260,7 @@ def _two_sets(a, b, least, what):
 
 
 def self_similarity(images, pairs=200, seed=0):
-    """Mean MS-SSIM of random pairs of different images: low is diverse, 1 is one image repeated.
-
-    Of all pairs where there are fewer than `pairs`.
-    """
+    """Mean MS-SSIM of (at most) so many random pairs: low is diverse, 1 is one image repeated."""
     check_images(images, 2)
     first, second = np.triu_indices(len(images), 1)
     chosen = np.random.default_rng(seed).permutation(len(first))[:pairs]
@@ -283,7 +270,7 @@ def self_similarity(images, pairs=200, seed=0):
 
 
 def check_images(images, least=1, names=None):
-    """Raise DiffEchoError for images that no metric can say anything about; `names` to say which.
+    """Raise DiffEchoError for images of which no metric can say anything, naming one by its `names`.
 
     Fewer than `least`, not finite, or of one grey value throughout.
     """
@@ -310,9 +297,9 @@ def bootstrap_interval(statistic, groups, repeats=200, runs=(), centred=True):
     groups: (N,) the patient of each row; whole patients are drawn with replacement, because the frames
     of one are not independent, and `statistic(rows)` is asked of theirs. runs: sizes of sets of runs, of
     which as many are drawn as well: `statistic(rows, ours, theirs)` is given their indices, too.
-    centred: the interval is moved so that the resamples' mean falls on the statistic of all: a resample
-    repeats rows, and so raises a statistic with a small-sample bias, such as the Frechet distance,
-    above its own estimate. For that one it is rather too wide. Otherwise plain percentiles.
+    centred: moved so that the resamples' mean falls on the statistic of all, since a resample repeats
+    rows, which raises a statistic with a small-sample bias, such as the Frechet distance (for that
+    one the interval is rather too wide); otherwise plain percentiles.
     """
     rng = np.random.default_rng(0)
     _, member = np.unique(np.asarray(groups), return_inverse=True)
@@ -361,12 +348,12 @@ def panel(images, classes, reference, reference_classes, held_out, held_out_clas
 
     Each argument pair is (features, class index): of the generated images, of the training frames (the
     reference) and of held-out real frames, whose patients are given. Returns a DataFrame indexed by
-    class ("all" last). First n, distance (Frechet), low, high, at_infinity, and of the held-out
-    frames the same: floor_n, floor, floor_low, floor_high (95 % bootstrap, over patients for real
-    frames), floor_at_infinity. The bias of small samples cancels only where n and floor_n agree. Then what
-    a Frechet distance cannot see, of the held-out frames as <name>_floor: kernel (`kernel_distance`);
-    precision, recall, density, coverage (`manifold_scores`, NaN where a class has no more than `k`
-    images); nearest, the 5th percentile of the distance from the nearest training frame.
+    class ("all" last): n, distance (Frechet), low, high (95 % bootstrap, over patients for real frames)
+    and at_infinity, then the same of the held-out frames as floor_n, floor, floor_low, ...; the bias of
+    small samples cancels only where n and floor_n agree. Then what a Frechet distance cannot see, of the
+    held-out frames as <name>_floor: kernel (`kernel_distance`); precision, recall, density, coverage
+    (`manifold_scores`, NaN where a class has no more than `k` images); nearest, the 5th percentile of
+    the distance from the nearest training frame.
     """
     sets, patients = [np.asarray(x) for x in (images, reference, held_out)], np.asarray(patients)
     table = {}

@@ -92,18 +92,14 @@ def make(table, template="clinical", wording=0, seed=0):
     keywords = _random_strings(seed) if template == "random" else {}
     for row in table.to_dict("records"):
         view, phase = _VIEW[row["view"]], row["phase"].lower()
-        known = {
-            "quality": _text(row.get("quality")).lower(),
-            "ef": ef_class(row.get("ef")),
-            "la_size": _text(row.get("la_size")),
-        }
-        said = sentence.format(
-            view=keywords.get(view, view),
-            phase=keywords.get(phase, phase),
-            moment=_MOMENT[row["phase"]],
-        )
-        added = [text.format(known[fact]) for fact, text in additions.items() if known[fact]]
-        prompts.append(", ".join([said, *added]))
+        shown = {"view": keywords.get(view, view), "phase": keywords.get(phase, phase)}
+        clauses = [sentence.format(**shown, moment=_MOMENT[row["phase"]])]
+        known = row | {"ef": ef_class(row.get("ef"))}
+        for fact, text in additions.items():
+            value = known.get(fact)
+            if isinstance(value, str) and value:  # where it is missing: NaN, None or ""
+                clauses.append(text.format(value.lower()))
+        prompts.append(", ".join(clauses))
     return prompts
 
 
@@ -194,7 +190,3 @@ def _random_strings(seed):
     rng = np.random.default_rng(seed)
     keywords = [*_VIEW.values(), *map(str.lower, _MOMENT)]
     return {keyword: "".join(rng.choice(letters, 6)) for keyword in keywords}
-
-
-def _text(value):
-    return "" if pd.isna(value) else value

@@ -1,7 +1,7 @@
 """Records of runs: read them, summarise them, compare one arm with another.
 
-Chapters 09 to 11. A run is what `downstream.segmentation_run` or `classification_run` returns, an arm a list of
-runs that differ in their seed.
+Chapters 09 to 11. A run is what `downstream.segmentation_run` or `classification_run` returns, an arm
+a list of runs that differ in their seed.
 """
 
 import zipfile
@@ -114,11 +114,10 @@ def paired_difference(ours, theirs, score="dice", repeats=1000):
 
 def classification_difference(ours, theirs, question="class", score="accuracy", repeats=1000):
     """As `paired_difference`, of an "accuracy" or a macro "f1": (value, low, high)."""
-    measure = {"accuracy": _accuracy, "f1": _macro_f1}[score]
     tables = [[_answers(run, question) for run in runs] for runs in (ours, theirs)]
 
     def mean(table):
-        return measure(table.sum(1)).mean()
+        return _scored(table.sum(1), score).mean()
 
     return _difference(ours, theirs, map(np.stack, tables), mean, repeats)
 
@@ -174,14 +173,11 @@ def _answers(run, question):
     return cells[truth][:, :, None] * cells[chances.argmax(1)][:, None]
 
 
-def _accuracy(confusion):
-    """(..., K, K), truth in rows -> (...)."""
-    return np.trace(confusion, axis1=-2, axis2=-1) / confusion.sum((-2, -1))
-
-
-def _macro_f1(confusion):
-    """2 hits / (given + true) of each answer, mean over answers: (..., K, K) -> (...)."""
+def _scored(confusion, score):
+    """Accuracy, or f1 (2 hits / (given + true), mean over answers), of (..., K, K), truth in rows."""
     hits = np.diagonal(confusion, axis1=-2, axis2=-1)
+    if score == "accuracy":
+        return hits.sum(-1) / confusion.sum((-2, -1))
     both = confusion.sum(-2) + confusion.sum(-1)
     return (2 * hits / np.maximum(both, 1)).mean(-1)
 
