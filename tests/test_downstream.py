@@ -1,6 +1,5 @@
 """Segmenters and classifiers are scored frame by frame, with and without synthetic frames, on patients apart."""
 
-import json
 import shutil
 
 import numpy as np
@@ -12,7 +11,6 @@ from torchmetrics.functional.segmentation import hausdorff_distance
 from diffecho_utils import (
     DiffEchoError,
     camus,
-    data,
     downstream,
     models,
     phantom,
@@ -24,24 +22,9 @@ from diffecho_utils.__main__ import main
 
 
 @pytest.fixture(scope="module")
-def copies(frames, tmp_path_factory):
+def copies(frames, as_set, tmp_path_factory):
     """Every frame of the phantom twice, as if it had been drawn, on disk."""
-    folder = tmp_path_factory.mktemp("sets") / "copies"
-    for name in ("images", "label_maps"):
-        (folder / name).mkdir(parents=True)
-    rows = np.arange(len(frames)).repeat(2)
-    for i, row in enumerate(rows):
-        synthetic.save_image(frames.images[row], folder / "images" / f"{i}.png")
-        synthetic.save_grey(frames.masks[row].numpy(), folder / "label_maps" / f"{i}.png")
-    table = frames.table.loc[rows, ["view", "phase"]].assign(
-        file_name=[f"images/{i}.png" for i in range(len(rows))],
-        prompt="",
-        seed=range(len(rows)),
-        label_map=[f"label_maps/{i}.png" for i in range(len(rows))],
-    )
-    table[synthetic.METADATA].to_csv(folder / "metadata.csv", index=False)
-    (folder / "dataset.json").write_text(json.dumps({"settings": {"model": "sdm"}}))
-    return folder
+    return as_set(tmp_path_factory.mktemp("sets") / "copies", np.arange(len(frames)).repeat(2))
 
 
 def test_a_set_becomes_frames_and_joins_the_real_ones(frames, copies):
@@ -277,14 +260,6 @@ def test_tested_in_another_folder(phantom_root, tmp_path, capsys):
     copy = shutil.copytree(phantom_root, tmp_path / "copy")
     assert main([*command, str(copy)]) == 1
     assert "are in the training and in the test frames" in capsys.readouterr().err
-
-
-def test_joined_frames_keep_their_order(frames):
-    first, second = frames.where(frames.classes == 0), frames.where(frames.classes == 3)
-    both = data.joined(first, second)
-    assert torch.equal(both.masks, torch.cat([first.masks, second.masks]))
-    assert both.table["patient"].tolist() == [*first.table["patient"], *second.table["patient"]]
-    assert both.classes.tolist() == [*first.classes.tolist(), *second.classes.tolist()]
 
 
 def test_classification_scores_are_scikit_learns():

@@ -10,7 +10,6 @@ from safetensors.numpy import load_file
 from scipy.stats import binomtest
 from sklearn.metrics.pairwise import polynomial_kernel
 from torchmetrics.image.fid import FrechetInceptionDistance
-from torchmetrics.image.kid import poly_mmd
 
 from diffecho_utils import DiffEchoError, assets, camus, checkpoints, metrics, models, synthetic
 from diffecho_utils.__main__ import main
@@ -175,16 +174,13 @@ def test_nearest_by_hand():
     assert metrics.nearest(a.view(2, 1, 2, 1), b.view(3, 1, 2, 1)) == pytest.approx([2 / 2**0.5, 0])
 
 
-def test_kernel_distance_agrees_with_torchmetrics_and_scikit_learn():
+def test_kernel_distance_agrees_with_scikit_learn():
     rng = np.random.default_rng(5)
-    a, b = rng.normal(size=(40, 7)), 1.3 * rng.normal(size=(40, 7)) + 0.2
-    theirs = poly_mmd(torch.from_numpy(b), torch.from_numpy(a)).item()
-    assert metrics.kernel_distance(a, b) == pytest.approx(theirs, rel=1e-9)
-    within, across = polynomial_kernel(b, degree=3), polynomial_kernel(a[:25], b, degree=3)
-    pairs = [polynomial_kernel(a[:25], degree=3), within]
-    means = [(k.sum() - np.trace(k)) / (len(k) * (len(k) - 1)) for k in pairs]
-    expected = sum(means) - 2 * across.mean()
-    assert metrics.kernel_distance(a[:25], b) == pytest.approx(expected, rel=1e-9)
+    a, b = rng.normal(size=(25, 7)), 1.3 * rng.normal(size=(40, 7)) + 0.2
+    within = [polynomial_kernel(x, degree=3) for x in (a, b)]
+    means = [(k.sum() - np.trace(k)) / (len(k) * (len(k) - 1)) for k in within]
+    expected = sum(means) - 2 * polynomial_kernel(a, b, degree=3).mean()
+    assert metrics.kernel_distance(a, b) == pytest.approx(expected, rel=1e-9)
     with pytest.raises(DiffEchoError, match="a kernel distance .* at least 2 images"):
         metrics.kernel_distance(a[:1], b)
 
@@ -210,15 +206,6 @@ def test_precision_recall_density_coverage_are_the_published_implementations(k, 
     assert metrics.manifold_scores(a, b, k) == pytest.approx(published, abs=1e-8)
     with pytest.raises(DiffEchoError, match=f"k = {k} .* at least {k + 1} images"):
         metrics.manifold_scores(a[:k], b, k)
-
-
-def test_scores_tell_a_lost_mode_from_a_stray():
-    rng = np.random.default_rng(7)
-    b = np.concatenate([rng.normal(size=(100, 2)), rng.normal(size=(100, 2)) + 20])
-    one_mode, strays = rng.normal(size=(100, 2)), b + [0, 10]
-    lost = metrics.manifold_scores(one_mode, b)
-    assert lost["precision"] > 0.9 and lost["recall"] < 0.6 and lost["coverage"] < 0.6
-    assert metrics.manifold_scores(strays, b)["precision"] < 0.05
 
 
 def panel_of(real, rows):
@@ -365,18 +352,9 @@ def test_images_that_say_nothing_are_refused(frames):
 
 
 @pytest.fixture
-def drawn_set(frames, tmp_path):
-    """A set of ten images a class with label maps, as `sample` writes them: frames of the phantom."""
-    folder, lines = tmp_path / "set", ["file_name,view,phase,prompt,seed,label_map"]
-    for name in ("images", "label_maps"):
-        (folder / name).mkdir(parents=True)
-    for i, row in enumerate(np.argsort(frames.classes.numpy(), kind="stable")):
-        synthetic.save_image(frames.images[row], folder / f"images/{i}.png")
-        synthetic.save_grey(frames.masks[row].numpy(), folder / f"label_maps/{i}.png")
-        view, phase = camus.CLASSES[frames.classes[row]]
-        lines.append(f"images/{i}.png,{view},{phase},,{i},label_maps/{i}.png")
-    (folder / "metadata.csv").write_text("\n".join(lines) + "\n")
-    return folder
+def drawn_set(frames, as_set, tmp_path):
+    """Ten images a class with label maps, one class after the other."""
+    return as_set(tmp_path / "set", np.argsort(frames.classes.numpy(), kind="stable"))
 
 
 @pytest.fixture
