@@ -36,14 +36,14 @@ RECIPES = {
 LABEL_WEIGHTS = (0.05, 0.25, 0.35, 0.35)  # of the paper's cross-entropy: background, LV, wall, LA
 
 
-def with_synthetic(real, synthetic, share, seed=0):
+def with_synthetic(real, drawn, share, seed=0):
     """Real frames and, of each class, `share` times as many synthetic ones: `data.Frames`.
 
     Which of a larger set is drawn with `seed`. Raises DiffEchoError for a class with too few.
     """
     rng, rows = np.random.default_rng(seed), []
     for index, name in enumerate(camus.CLASS_NAMES):
-        there = np.flatnonzero(synthetic.classes.numpy() == index)
+        there = np.flatnonzero(drawn.classes.numpy() == index)
         wanted = round(share * int((real.classes == index).sum()))
         if len(there) < wanted:
             raise DiffEchoError(
@@ -51,8 +51,8 @@ def with_synthetic(real, synthetic, share, seed=0):
                 f"`sample --n {wanted}` draws so many"
             )
         rows.append(rng.permutation(there)[:wanted])
-    keep = np.isin(np.arange(len(synthetic)), np.concatenate(rows))
-    return data.joined(real, synthetic.where(keep))
+    keep = np.isin(np.arange(len(drawn)), np.concatenate(rows))
+    return data.joined(real, drawn.where(keep))
 
 
 def check_apart(training_rows, test_rows):
