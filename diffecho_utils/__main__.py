@@ -127,7 +127,7 @@ def prompts_command(options):
     from diffecho_utils import data, files, profiles
 
     frames = data.load_frames(camus.read_table(options.root), profiles.get("cpu"))
-    table = prompts.wordings(prompts.facts(frames), options.template)
+    table = prompts.wordings(prompts.facts(frames.masks, frames.table), options.template)
     files.write_text(options.out, table.to_csv(index=False, lineterminator="\n"))
     print(f"wrote {prompts.WORDINGS} prompts for each of {len(frames)} frames to {options.out}")
 

@@ -7,9 +7,10 @@ two diameters come from the two- and the four-chamber view.
 
 import numpy as np
 import pandas as pd
+from scipy.ndimage import binary_dilation
 
 from diffecho_utils import DiffEchoError
-from diffecho_utils.camus import CLASSES, LABELS, PHASES
+from diffecho_utils.camus import CLASSES, LABELS, PHASES, VIEWS
 
 DISKS = 20
 
@@ -20,8 +21,8 @@ def areas(masks, spacing=None):
     As shares of the picture, or in cm2 with `spacing`, an (N, 2) array of (lateral, depth) mm.
     """
     masks = np.asarray(masks)
-    labels = [LABELS[name] for name in ("LV cavity", "myocardium", "LA")]
-    counts = np.stack([(masks == label).sum((1, 2)) for label in labels], axis=1).astype(float)
+    chambers = [masks == LABELS[name] for name in ("LV cavity", "myocardium", "LA")]
+    counts = np.stack([chamber.sum((1, 2)) for chamber in chambers], axis=1).astype(float)
     if spacing is None:
         return counts / masks[0].size
     return counts * np.prod(np.asarray(spacing, dtype=float), axis=1)[:, None] / 100
@@ -36,19 +37,19 @@ def long_axis(mask, spacing=(1.0, 1.0), chamber="LV cavity"):
     where the label map (H, W) has no such chamber, or a cavity without an opening.
     """
     mask = np.asarray(mask)
-    cavity = mask == LABELS["LV cavity"]
     for name in ("LV cavity", chamber):
         if not (mask == LABELS[name]).any():
             raise DiffEchoError(
                 f"label map without {name} (label {LABELS[name]}): no long axis; leave the frame out"
             )
-    beyond = mask == LABELS["LA"]
+    cavity, beyond = mask == LABELS["LV cavity"], mask == LABELS["LA"]
     if not beyond.any():
-        beyond = (mask != LABELS["LV cavity"]) & (mask != LABELS["myocardium"])
+        beyond = ~cavity & (mask != LABELS["myocardium"])
         beyond[: int(np.nonzero(cavity)[0].mean())] = False
     # Midway between both sides: the cavity's side alone lies inside the cavity and shortens the
     # axis by a fixed number of pixels, which lowers the EF, the more the smaller the picture.
-    sides = [cavity & _dilate(beyond, 3), beyond & _dilate(cavity, 3)]
+    grown = [binary_dilation(region, iterations=3) for region in (beyond, cavity)]
+    sides = [cavity & grown[0], beyond & grown[1]]
     if not sides[0].any():
         raise DiffEchoError(
             "the LV cavity meets neither atrium nor, below its middle, background: no mitral plane "
@@ -97,43 +98,42 @@ def ejection_fraction(end_diastolic_volume, end_systolic_volume):
     return 100 * (end_diastolic_volume - end_systolic_volume) / end_diastolic_volume
 
 
-def patients_ef(frames, one_height=False):
-    """Biplane volumes and EF of every patient with all four frames: patient, edv, esv, ef.
+def patients_ef(masks, table, one_height=False):
+    """Biplane volumes and EF of every patient with all four frames: columns patient, edv, esv, ef.
 
-    `frames` is a `data.Frames`. Volumes are in mL, NaN where the pixel spacing is unknown; the
-    ejection fraction is a ratio and needs none. All are NaN for a patient with a label map that has no
-    long axis (no cavity, say): `checks` names it.
+    masks: (N, H, W), whoever drew them, of the frames in `table`. Volumes are in mL, NaN where the
+    pixel spacing is unknown; the EF is a ratio and needs none. All are NaN for a patient with a label
+    map that has no long axis (no cavity, say): `checks` names it.
 
     The recommendations measure the axis anew in each phase, so that its shortening is part of the
     EF: the default. With `one_height` both phases have disks as high as the longest of the four
     axes, as in CAMUS's public evaluation script: the shortening drops out, and the EF is lower.
     Only so do CAMUS's label maps give about the published half of patients at or below 45 %.
     """
-    rows = []
-    for patient, group in frames.table.groupby("patient"):
-        spacing = group[["lateral_mm", "depth_mm"]].astype(float)
-        known = spacing.notna().all(axis=None)
-        keys = list(zip(group["view"], group["phase"], strict=True))
-        if len(set(keys)) < len(CLASSES):
+    masks, rows = np.asarray(masks), []
+    for patient, group in table.reset_index(drop=True).groupby("patient"):
+        classes = list(zip(group["view"], group["phase"], strict=True))
+        if len(set(classes)) < len(CLASSES):
             continue
-        masks = frames.masks[group.index.to_list()].numpy()
-        sizes = spacing.to_numpy() if known else np.ones((len(group), 2))
+        sizes = group[["lateral_mm", "depth_mm"]].to_numpy(dtype=float)
+        known = np.isfinite(sizes).all()
+        if not known:
+            sizes = np.ones_like(sizes)
         try:
-            disks = dict(zip(keys, map(disk_diameters, masks, sizes), strict=True))
+            measured = map(disk_diameters, masks[group.index], sizes)
+            disks = dict(zip(classes, measured, strict=True))
         except DiffEchoError:
-            rows.append(dict(patient=patient, edv=np.nan, esv=np.nan, ef=np.nan))
+            rows.append((patient, np.nan, np.nan, np.nan))
             continue
-        height = {
-            phase: max(length for key, (_, length) in disks.items() if one_height or phase in key)
-            for phase in PHASES
-        }
+        height = {phase: max(disks[view, phase][1] for view in VIEWS) for phase in PHASES}
+        if one_height:
+            height = dict.fromkeys(PHASES, max(height.values()))
         edv, esv = (
-            disk_volume(disks["2CH", phase][0], disks["4CH", phase][0], height[phase])
+            disk_volume(*(disks[view, phase][0] for view in VIEWS), height[phase])
             for phase in PHASES
         )
         unit = 1.0 if known else np.nan
-        ef = ejection_fraction(edv, esv)
-        rows.append(dict(patient=patient, edv=edv * unit, esv=esv * unit, ef=ef))
+        rows.append((patient, edv * unit, esv * unit, ejection_fraction(edv, esv)))
     return pd.DataFrame(rows, columns=["patient", "edv", "esv", "ef"])
 
 
@@ -141,13 +141,3 @@ def _points(region, spacing):
     """(N, 2) positions (lateral, depth) in mm of the pixels where `region` (H, W) is true."""
     rows, columns = np.nonzero(region)
     return np.stack([columns * spacing[0], rows * spacing[1]], axis=1)
-
-
-def _dilate(region, pixels):
-    """`region` grown by `pixels` in the four directions."""
-    for _ in range(pixels):
-        padded = np.pad(region, 1)
-        region = (
-            region | padded[2:, 1:-1] | padded[:-2, 1:-1] | padded[1:-1, 2:] | padded[1:-1, :-2]
-        )
-    return region

@@ -4,16 +4,19 @@ Chapters 01 to 03. Images are float32 in [-1, 1], label maps uint8 with CAMUS's 
 """
 
 import hashlib
+import itertools
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from io import BytesIO
 
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
-from diffecho_utils import camus, files, prompts
+from diffecho_utils import assets, camus, files, prompts
 
 _CACHE_VERSION = 3  # raise when the preprocessing below changes
 
@@ -68,13 +71,27 @@ def joined(*parts):
     return Frames(images, masks, table)
 
 
+def open_frames(root_or_table, split, like, patients=None):
+    """The frames of a folder as whoever reads them learned to: `Frames`, cached in the workspace.
+
+    root_or_table: the folder, or its table where it is read already (`camus.read_table`); split and
+    patients: which of them, as `camus.select` (split "all": every patient); like: as `load_frames`.
+    """
+    table = root_or_table
+    if not isinstance(table, pd.DataFrame):
+        table = camus.read_table(root_or_table)
+    rows = camus.select(table, split, patients=patients)
+    return load_frames(rows, like, assets.workspace() / "cache")
+
+
 def load_frames(table, like, cache_dir=None):
     """Read, square and stack the frames of a table (`camus.read_table`) as `Frames`.
 
     like: whose geometry they get, anything with `side`, in pixels, and `stretched`, whether to the
     square or padded to it (`to_square`): a profile, a network that is to read them (`checkpoints.Judge`,
-    `checkpoints.Generator`), other `Frames`, or a `Geometry`. With `cache_dir` the result is kept there and read back as long as the files (name, size, time)
-    and the settings stay the same. Raises DiffEchoError for the first unusable file.
+    `checkpoints.Generator`), other `Frames`, or a `Geometry`. With `cache_dir` the result is kept there
+    and read back as long as the files (name, size, time) and the settings stay the same. Raises
+    DiffEchoError for the first unusable file.
     """
     key = [_CACHE_VERSION, like.side, not like.stretched]
     key += [float(fact) for fact in table[["transposed", "black", "white"]].iloc[0]]  # of its set
@@ -82,21 +99,23 @@ def load_frames(table, like, cache_dir=None):
         status = os.stat(path)
         key.append((str(path), status.st_size, status.st_mtime_ns))
 
+    def square(row):
+        image, mask = camus.read_frame(row)
+        spacing = (row.lateral_mm, row.depth_mm)
+        image, mask, spacing = to_square(image, mask, spacing, like.side, not like.stretched)
+        levels = image.round().clamp(0, 255).to(torch.uint8)
+        return levels[None], mask, torch.tensor(spacing, dtype=torch.float64)
+
     def make():
         with ThreadPoolExecutor() as pool:
-            arrays = list(pool.map(lambda row: _square(row, like), table.itertuples()))
-        images, masks, spacing = zip(*arrays, strict=True)
-        return {
-            "images": torch.stack(images),
-            "masks": torch.stack(masks),
-            "spacing": torch.tensor(spacing, dtype=torch.float64),
-        }
+            parts = zip(*pool.map(square, table.itertuples()), strict=True)
+            return dict(zip(("images", "masks", "spacing"), map(torch.stack, parts), strict=True))
 
-    cached_ = files.cached(cache_dir, "frames", key, make)
+    kept = files.cached(cache_dir, "frames", key, make)
     table = table.reset_index(drop=True)
-    table[["lateral_mm", "depth_mm"]] = cached_["spacing"].numpy()
+    table[["lateral_mm", "depth_mm"]] = kept["spacing"].numpy()
     table.attrs["stretched"] = like.stretched
-    return Frames(cached_["images"].float() / 127.5 - 1, cached_["masks"], table)
+    return Frames(kept["images"].float() / 127.5 - 1, kept["masks"], table)
 
 
 def to_square(image, mask, spacing, side, keep_aspect=True):
@@ -110,9 +129,10 @@ def to_square(image, mask, spacing, side, keep_aspect=True):
     """
     lateral, depth = (1.0, 1.0) if np.isnan(spacing).any() else spacing
     height, width = image.shape
-    longest = max(height * depth, width * lateral)
-    rows = round(side * height * depth / longest) if keep_aspect else side
-    columns = round(side * width * lateral / longest) if keep_aspect else side
+    rows = columns = side
+    if keep_aspect:
+        longest = max(height * depth, width * lateral)
+        rows, columns = (round(side * x / longest) for x in (height * depth, width * lateral))
     left = (side - columns) // 2
     padding = (left, side - columns - left, 0, side - rows)
     image = torch.from_numpy(np.array(image, dtype=np.float32))[None, None]
@@ -152,48 +172,93 @@ def jitter(images, masks, drawn, degrees=8.0, shift=0.05, zoom=0.1, gain=0.15, c
     angle, scale = torch.deg2rad(turn * degrees), 1 + grow * zoom
     cos, sin = scale * torch.cos(angle), scale * torch.sin(angle)
     rows = [cos, -sin, 2 * shift * right, sin, cos, 2 * shift * down]
-    with torch.autocast(
-        device.type, enabled=False
-    ):  # half precision moves pixels by a third of one
+    with torch.autocast(device.type, enabled=False):  # half precision is a third of a pixel off
         matrices = torch.stack(rows, 1).reshape(n, 2, 3)
         grid = F.affine_grid(matrices, images.shape, align_corners=False)
     how = {"padding_mode": "zeros", "align_corners": False}
     zero = (images + 1) / 2  # pad with black, the value outside the sector
     moved = F.grid_sample(zero, grid, mode="bilinear", **how)
     labels = F.grid_sample(masks[:, None].float(), grid, mode="nearest", **how)
-    factor, offset = 1 + stronger * contrast, brighter * gain
+    factor, offset = (x.view(n, 1, 1, 1) for x in (1 + stronger * contrast, brighter * gain))
     sector = moved > 0.5 / 255  # the black surround stays black
-    lit = (moved * factor.view(n, 1, 1, 1) + offset.view(n, 1, 1, 1) * sector).clamp(0, 1)
+    lit = (moved * factor + offset * sector).clamp(0, 1)
     return lit * 2 - 1, labels[:, 0].to(torch.uint8)
 
 
+def spoilt(images):
+    """Frames changed in ways that can be named: {what was done: images}, the first as they are.
+
+    From what nobody sees (8 bits) over what programs do in passing (JPEG, resizing, stretching each
+    frame's grey values to the full range, colour and back) to what everybody sees.
+    """
+    side = images.shape[-1]
+    low, high = (f(images, (1, 2, 3), keepdim=True) for f in (torch.amin, torch.amax))
+    sparse = F.interpolate(images, side // 2, mode="nearest")
+    mirrored = images.clone()
+    mirrored[1::2] = images[1::2].flip(-1)
+    return {
+        "as they are": images,
+        "8 bits": _stored(images),
+        "grey, colour, grey": _stored(images, mode="RGB"),
+        "JPEG, quality 75": _stored(images, quality=75),
+        "JPEG, quality 25": _stored(images, quality=25),
+        "stretched to full range": 2 * (images - low) / (high - low) - 1,
+        "half size, filtered": F.interpolate(resized(images, side // 2), side, mode="bilinear"),
+        "half size, every 2nd pixel": F.interpolate(sparse, side, mode="bilinear"),
+        "blurred by 5 x 5": blurred(images),
+        "a fifth darker": 0.8 * (images + 1) - 1,
+        "every second one mirrored": mirrored,
+    }
+
+
+def _stored(images, mode="L", quality=None):
+    """Images as 8-bit pictures, by way of colour or of a JPEG file, and back."""
+    found = []
+    for image in images:
+        picture = Image.fromarray(((image[0] + 1) * 127.5).round().byte().numpy()).convert(mode)
+        if quality:
+            file = BytesIO()
+            picture.save(file, "JPEG", quality=quality)
+            picture = Image.open(file)
+        found.append(torch.from_numpy(np.array(picture.convert("L"))).float())
+    return torch.stack(found)[:, None] / 127.5 - 1
+
+
+def blurred(images, pixels=5):
+    """Images (N, 1, H, W) under a mean over `pixels` x `pixels`, reflected at the borders."""
+    return F.avg_pool2d(F.pad(images, (pixels // 2,) * 4, mode="reflect"), pixels, stride=1)
+
+
 @torch.no_grad()
-def encode(vae, images, batch=64):
+def in_batches(call, images, module, batch=64):
+    """What `call` gives of all images, so many at a time where `module` is: a tensor on the CPU."""
+    weights = itertools.chain(module.parameters(), module.buffers())
+    device = next(weights, images).device  # a traced network may have neither
+    return torch.cat([call(part.to(device)).cpu() for part in images.split(batch)])
+
+
+def encode(vae, images):
     """Latents of images, scaled to unit variance: (N, 1, H, W) -> (N, C, H/f, W/f) float32 on the CPU.
 
     Without an autoencoder (None) the images themselves, for diffusion in pixels; `decode` alike.
     """
     if vae is None:
         return images
-    device, faster = next(vae.parameters()).device, torch.channels_last
-    vae = vae.to(memory_format=faster)
-    parts = [
-        vae.encode(part.to(device, memory_format=faster)).latent_dist.mean.float().cpu()
-        for part in images.split(batch)
-    ]
-    return torch.cat(parts).contiguous() * vae.config.scaling_factor
+    vae = vae.to(memory_format=torch.channels_last)  # faster
+
+    def mean(part):
+        part = part.to(memory_format=torch.channels_last)
+        return vae.encode(part).latent_dist.mean.float()
+
+    return in_batches(mean, images, vae).contiguous() * vae.config.scaling_factor
 
 
-@torch.no_grad()
-def decode(vae, latents, batch=64):
+def decode(vae, latents):
     """Images of latents, in [-1, 1]: (N, C, h, w) -> (N, 1, H, W) float32 on the CPU."""
     if vae is None:
         return latents.float().cpu().clamp(-1, 1)
-    device = next(vae.parameters()).device
-    parts = (latents / vae.config.scaling_factor).split(batch)
-    return torch.cat([vae.decode(part.to(device)).sample.float().cpu() for part in parts]).clamp(
-        -1, 1
-    )
+    scaled = latents / vae.config.scaling_factor
+    return in_batches(lambda part: vae.decode(part).sample.float(), scaled, vae).clamp(-1, 1)
 
 
 def latent_views(vae, frames, views=1, seed=0, cache_dir=None, **amounts):
@@ -202,12 +267,9 @@ def latent_views(vae, frames, views=1, seed=0, cache_dir=None, **amounts):
     Returns {"latents": (views * N, C, h, w) float32, "masks": (views * N, H, W) uint8, moved alike}.
     Cached in `cache_dir` under the frames, the autoencoder's weights and the settings.
     """
-    weights = hashlib.sha256()
-    for tensor in vae.state_dict().values() if vae is not None else ():
-        weights.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    content = hashlib.sha256(frames.images.numpy())
-    content.update(frames.masks.numpy())
-    key = [_CACHE_VERSION, weights.hexdigest(), content.hexdigest(), views, seed, amounts]
+    weights = vae.state_dict().values() if vae is not None else ()
+    content = _digest(weights), _digest([frames.images, frames.masks])
+    key = [_CACHE_VERSION, *content, views, seed, amounts]
 
     def make():
         generator = torch.Generator().manual_seed(seed)
@@ -227,21 +289,17 @@ def prompt_table(frames, templates):
 
     ids index the list, whose first entry is "", the null prompt; P = len(templates) * WORDINGS.
     """
-    table = prompts.facts(frames)
-    columns = [
-        prompts.make(table, template, wording)
-        for template in templates
-        for wording in range(prompts.WORDINGS)
-    ]
-    texts = ["", *dict.fromkeys(text for column in columns for text in column)]
+    table = prompts.facts(frames.masks, frames.table)
+    ways = itertools.product(templates, range(prompts.WORDINGS))
+    columns = [prompts.make(table, template, wording) for template, wording in ways]
+    texts = ["", *dict.fromkeys(itertools.chain(*columns))]
     index = {text: i for i, text in enumerate(texts)}
-    return texts, torch.tensor(
-        [[index[text] for text in row] for row in zip(*columns, strict=True)]
-    )
+    rows = zip(*columns, strict=True)
+    return texts, torch.tensor([[index[text] for text in row] for row in rows])
 
 
-def _square(row, like):
-    image, mask = camus.read_frame(row)
-    spacing = (row.lateral_mm, row.depth_mm)
-    image, mask, spacing = to_square(image, mask, spacing, like.side, not like.stretched)
-    return image.round().clamp(0, 255).to(torch.uint8)[None], mask, spacing
+def _digest(tensors):
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

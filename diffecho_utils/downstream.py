@@ -1,22 +1,17 @@
 """Do the images serve? Segmentation and classification networks, trained and scored.
 
-Chapters 02 to 10, and the phantom's measurement. `train_segmenter` calls the one training loop
-(`training.fit`), so a run resumes and is a function of its seed.
+Chapters 02 to 10, and the phantom's measurement. The networks are trained by the one loop
+(`training.fit`), so a run is a function of its seed.
 """
 
 import warnings
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import torch
-from monai.metrics import compute_dice, compute_hausdorff_distance
-from torchmetrics.functional.classification import (
-    accuracy,
-    calibration_error,
-    f1_score,
-    precision,
-    recall,
-)
+from monai.metrics import compute_hausdorff_distance
+from torchmetrics.functional import classification as scoring
 
 from diffecho_utils import (
     DiffEchoError,
@@ -32,6 +27,7 @@ from diffecho_utils import (
 
 RUN_VERSION = 1  # of a run's values; raise it when their meaning changes
 STRUCTURES = ("LV cavity", "LV epicardium", "LA")  # epicardium: cavity and myocardium together
+QUESTIONS = ("class", "view", "phase")
 # Rows of `profiles.Recipe` that differ from the profile's. The paper's 300 epochs are the steps to give.
 RECIPES = {
     "tuned": {},
@@ -40,59 +36,14 @@ RECIPES = {
 LABEL_WEIGHTS = (0.05, 0.25, 0.35, 0.35)  # of the paper's cross-entropy: background, LV, wall, LA
 
 
-def train_segmenter(
-    frames,
-    profile,
-    *,
-    seed=0,
-    state=None,
-    restart=False,
-    say=print,
-    recipe=None,
-    as_paper=False,
-    compiled=False,
-    watch=None,
-    **amounts,
-):
-    """A MONAI UNet trained on `frames` (data.Frames): (network in evaluation mode, log).
-
-    `as_paper`: the paper's network and its weighted cross-entropy; compiled: by `torch.compile`,
-    which takes a minute and then nearly halves a step on a CPU. `amounts` are those of
-    `data.jitter`; recipe: default the profile's. watch: (steps, look), and `look(step, network)` is
-    called after each of these steps.
-    """
-    torch.manual_seed(seed)
-    if as_paper:
-        network = models.build_paper_segmenter(frames.images.shape[-1])
-    else:
-        network = models.build_segmenter(profile)
-    tensors = {"images": frames.images, "masks": frames.masks}
-    weights = LABEL_WEIGHTS if as_paper else None
-    objective = objectives.SegmentationObjective(network, weights, **amounts)
-    if compiled:
-        network.to(memory_format=torch.channels_last).compile()
-    log = training.fit(
-        objective,
-        tensors,
-        recipe or profile.segmenter,
-        state,
-        restart=restart,
-        seed=seed,
-        say=say,
-        watch=watch and (watch[0], lambda step: watch[1](step, network)),
-    )
-    return network.eval(), log
-
-
-def with_synthetic(real, synthetic, share, seed=0):
+def with_synthetic(real, drawn, share, seed=0):
     """Real frames and, of each class, `share` times as many synthetic ones: `data.Frames`.
 
-    Which of a larger set are taken is drawn with `seed`. Raises DiffEchoError for a class with too
-    few.
+    Which of a larger set is drawn with `seed`. Raises DiffEchoError for a class with too few.
     """
     rng, rows = np.random.default_rng(seed), []
     for index, name in enumerate(camus.CLASS_NAMES):
-        there = np.flatnonzero(synthetic.classes.numpy() == index)
+        there = np.flatnonzero(drawn.classes.numpy() == index)
         wanted = round(share * int((real.classes == index).sum()))
         if len(there) < wanted:
             raise DiffEchoError(
@@ -100,8 +51,8 @@ def with_synthetic(real, synthetic, share, seed=0):
                 f"`sample --n {wanted}` draws so many"
             )
         rows.append(rng.permutation(there)[:wanted])
-    keep = np.isin(np.arange(len(synthetic)), np.concatenate(rows))
-    return data.joined(real, synthetic.where(keep))
+    keep = np.isin(np.arange(len(drawn)), np.concatenate(rows))
+    return data.joined(real, drawn.where(keep))
 
 
 def check_apart(training_rows, test_rows):
@@ -110,11 +61,8 @@ def check_apart(training_rows, test_rows):
     In two folders one name may stand for two patients: those with the same picture are the same.
     """
     firsts = [rows.groupby("patient").first() for rows in (training_rows, test_rows)]
-    both = [
-        patient
-        for patient in sorted(set(firsts[0].index) & set(firsts[1].index))
-        if _same_picture(*(rows.loc[patient] for rows in firsts))
-    ]
+    named = sorted(set(firsts[0].index) & set(firsts[1].index))
+    both = [patient for patient in named if _same_picture(*(rows.loc[patient] for rows in firsts))]
     if both:
         raise DiffEchoError(
             f"{len(both)} patients are in the training and in the test frames (first: {both[0]}); "
@@ -127,6 +75,12 @@ def check_apart(training_rows, test_rows):
             raise DiffEchoError(f"no {name} frame of {', '.join(lost)}; give a complete split")
 
 
+def _same_picture(ours, theirs):
+    if ours["image"] == theirs["image"]:
+        return True
+    return np.array_equal(camus.read_frame(ours)[0], camus.read_frame(theirs)[0])
+
+
 def check_label_maps(frames, name):
     """Raise DiffEchoError if a synthetic set, read as `frames` from `name`, lacks label maps."""
     lost = int((frames.table["label_map"].fillna("") == "").sum())
@@ -137,103 +91,53 @@ def check_label_maps(frames, name):
         )
 
 
-def score_segmenter(network, frames):
-    """Scores on `frames`: {"dice": (N, 3), "hd95": (N, 3), "atrium": (N, 3), "ef": {patient:
-    (map's, read)}}; atrium as `atrium_errors`.
+def train_segmenter(frames, profile, *, seed=0, recipe=None, say=print):
+    """A MONAI UNet trained on `frames` (data.Frames): (network in evaluation mode, log).
 
-    hd95: 95th percentile of the distance between the outlines, in pixels, NaN where either is
-    missing; ef in %, NaN where it cannot be measured.
+    recipe: default the profile's; say: is given a line of text now and then.
     """
-    read = segment(network, frames.images)
-    fractions = [metrics.ejection_fractions(frames, masks) for masks in (frames.masks, read)]
-    return {
-        "dice": dice(read, frames.masks),
-        "hd95": hausdorff(read, frames.masks),
-        "atrium": atrium_errors(read, frames.masks),
-        "ef": {
-            patient: (fractions[0][patient], fractions[1].get(patient, np.nan))
-            for patient in fractions[0].index
-        },
-    }
-
-
-def atrium_errors(predicted, truth):
-    """What became of the atrium in each frame: (N, 3) shares, what the paper's failures differ in.
-
-    Of the given atrium's pixels the share read as cavity, and as cavity or myocardium; of the pixels
-    read as atrium the share that lies outside the given one. NaN where there is no such atrium.
-    """
-    cavity, wall, atrium = (camus.LABELS[name] for name in ("LV cavity", "myocardium", "LA"))
-    given, read = (masks == atrium for masks in (truth, predicted))
-    inside = [
-        ((predicted == cavity) & given),
-        ((predicted == cavity) | (predicted == wall)) & given,
-        read & ~given,
-    ]
-    shares = [
-        part.sum((1, 2)) / whole.sum((1, 2))
-        for part, whole in zip(inside, (given, given, read), strict=True)
-    ]
-    return torch.stack(shares, 1).double().numpy()
-
-
-def hausdorff(predicted, truth):
-    """95 % Hausdorff distance of each frame and structure, in pixels: (N, 3) float64, NaN if empty."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of empty structures, which become NaN below
-        distances = compute_hausdorff_distance(
-            _structures(predicted), _structures(truth), include_background=True, percentile=95
-        )
-    found = distances.double().numpy()
-    found[~np.isfinite(found)] = np.nan
-    return found
+    torch.manual_seed(seed)
+    objective = objectives.SegmentationObjective(models.build_segmenter(profile))
+    tensors = {"images": frames.images, "masks": frames.masks}
+    log, _ = _fit(objective, tensors, recipe or profile.segmenter, seed, say)
+    return objective.network, log
 
 
 def segmentation_run(
-    frames, test, profile, *, seed=0, recipe="tuned", steps=None, points=8, **running
+    frames, test, profile, *, seed=0, recipe="tuned", steps=None, points=8, say=print, **amounts
 ):
     """Train one segmenter on `frames`, score it on `test` (data.Frames both): a run's values.
 
     recipe: "tuned", the profile's, or "paper", the paper's network, loss and schedule without
-    average of the weights. steps: of the optimiser, default the recipe's. Scores of every test
-    frame, as `score_segmenter`, and `curve`, the mean Dice of each structure at `points` steps on
-    the way, with the averaged weights. `running` goes to `train_segmenter`.
+    average of the weights; steps: of the optimiser, default the recipe's; amounts: those of
+    `data.jitter`. Of every test frame `dice`, hd95 (`hausdorff`), atrium (`atrium_errors`); ef, of each
+    patient (map's, read) in %, NaN where it cannot be measured; curve, the mean Dice of each structure
+    at `points` steps on the way, with the averaged weights.
     """
     if recipe not in RECIPES:
         raise DiffEchoError(f"no recipe {recipe!r}; choose one of {', '.join(RECIPES)}")
-    chosen, stops = _plan(profile.segmenter, RECIPES[recipe], steps, points)
-    curve = []
+    torch.manual_seed(seed)
+    if recipe == "paper":
+        network, weights = models.build_paper_segmenter(frames.side), LABEL_WEIGHTS
+    else:
+        network, weights = models.build_segmenter(profile), None
+    objective = objectives.SegmentationObjective(network, weights, **amounts)
+    tensors = {"images": frames.images, "masks": frames.masks}
+    chosen = _changed(profile.segmenter, RECIPES[recipe], steps)
 
-    def look(step, network):
-        overlap = dice(segment(network, test.images), test.masks)
-        curve.append([step, *np.nanmean(overlap, 0)])
+    def look():
+        return np.nanmean(dice(segment(network, test.images), test.masks), 0)
 
-    network, log = train_segmenter(
-        frames,
-        profile,
-        seed=seed,
-        recipe=chosen,
-        as_paper=recipe == "paper",
-        watch=(stops, look),
-        **running,
-    )
-    scores = score_segmenter(network, test)
-    return {
-        "version": RUN_VERSION,
-        "task": "segmentation",
-        "recipe": recipe,
-        "seed": seed,
-        "steps": chosen.steps,
-        "batch": chosen.batch,
-        "frames": len(frames),
-        "seconds": log["seconds"].sum(),
-        "patient": test.table["patient"].tolist(),
-        "class": test.classes.tolist(),
-        "dice": scores["dice"].round(4),
-        "hd95": scores["hd95"].round(2),
-        "atrium": scores["atrium"].round(3),
-        "ef": {patient: np.round(pair, 2) for patient, pair in scores["ef"].items()},
-        "curve": np.round(curve, 4),
+    log, curve = _fit(objective, tensors, chosen, seed, say, points, look)
+    read = segment(network, test.images)
+    given, seen = (anatomy.patients_ef(masks, test.table) for masks in (test.masks, read))
+    fractions = np.column_stack([given["ef"], seen["ef"]]).round(2)
+    return _facts("segmentation", {"recipe": recipe}, seed, chosen, frames, log, test) | {
+        "dice": dice(read, test.masks).round(4),
+        "hd95": hausdorff(read, test.masks).round(2),
+        "atrium": atrium_errors(read, test.masks).round(3),
+        "ef": dict(zip(given["patient"], fractions, strict=True)),
+        "curve": curve,
     }
 
 
@@ -250,62 +154,40 @@ def classification_run(
     pretrained=False,
     last=None,
     recipe=None,
-    **running,
+    say=print,
+    **amounts,
 ):
     """Train one classifier of the four classes on `frames`, score it on `test`: a run's values.
 
-    network: "small", the profile's, or one of `backbones.BACKBONES`, which may start with ImageNet's
-    weights (`pretrained`) and train only their last layers (`last`: at least so many weights; the
-    paper's are two million); side: pixels to shrink the frames to; recipe: rows of `profiles.Recipe`
-    that differ from the profile's. Probabilities of every test frame, the four classes' in the order
-    of `camus.CLASSES`; `curve`, at `points` steps on the way the shares of test frames whose class,
-    view and phase are recognised; and `classification_scores`. `running`: amounts of `data.jitter`,
-    state, restart and say.
+    network: as `classification_network`, which may start with ImageNet's weights (`pretrained`) and
+    train only its last layers (`last`: at least so many weights; the paper's are two million); side:
+    pixels to shrink the frames to; recipe: rows of `profiles.Recipe` that differ from the profile's.
+    probabilities of every test frame, the four classes' in the order of `camus.CLASSES`; curve, at
+    `points` steps on the way the shares of test frames whose class, view and phase are recognised;
+    and `classification_scores`. The rest as in `segmentation_run`.
     """
     torch.manual_seed(seed)
-    chosen, stops = _plan(profile.classifier, recipe or {}, steps, points)
-    classifier, curve = classification_network(network, profile, pretrained), []
+    classifier = classification_network(network, profile, pretrained)
     if last is not None:
         classifier.freeze_all_but(last)
-    side = side or frames.images.shape[-1]
-    images, tests = (data.resized(part.images, side) for part in (frames, test))
-    fitting = {name: running.pop(name) for name in ("state", "restart", "say") if name in running}
+    images, tests = (data.resized(x.images, side or frames.side) for x in (frames, test))
+    tensors = {"images": images, "labels": frames.classes}
+    tensors["masks"] = frames.masks[:, :1, :1]  # of no use here
+    objective = objectives.ClassificationObjective(classifier, **amounts)
+    chosen = _changed(profile.classifier, recipe or {}, steps)
 
-    def look(step):
+    def look():
         found = class_accuracies(classify(classifier, tests), test.classes)
-        curve.append([step, *(found[name] for name in ("class", "view", "phase"))])
+        return [found[question] for question in QUESTIONS]
 
-    log = training.fit(
-        objectives.ClassificationObjective(classifier, **running),
-        {
-            "images": images,
-            "masks": torch.zeros(len(images), 1, 1, dtype=torch.uint8),  # not needed here
-            "labels": frames.classes,
-        },
-        chosen,
-        fitting.pop("state", None),
-        seed=seed,
-        watch=(stops, look),
-        **fitting,
-    )
-    chances = classify(classifier.eval(), tests)
-    return {
-        "version": RUN_VERSION,
-        "task": "classification",
-        "network": network,
-        "pretrained": pretrained,
-        "side": images.shape[-1],
-        "parameters": models.count_parameters(classifier),
-        "seed": seed,
-        "steps": chosen.steps,
-        "batch": chosen.batch,
-        "frames": len(frames),
-        "seconds": log["seconds"].sum(),
-        "patient": test.table["patient"].tolist(),
-        "class": test.classes.tolist(),
+    log, curve = _fit(objective, tensors, chosen, seed, say, points, look)
+    chances = classify(classifier, tests)
+    settings = {"network": network, "pretrained": pretrained, "side": images.shape[-1]}
+    settings["parameters"] = models.count_parameters(classifier)
+    return _facts("classification", settings, seed, chosen, frames, log, test) | {
         "probabilities": chances.numpy().round(4),
         "scores": classification_scores(chances, test.classes),
-        "curve": np.round(curve, 4),
+        "curve": curve,
     }
 
 
@@ -316,85 +198,89 @@ def classification_network(name, profile, pretrained=False):
     return backbones.Backbone(name, pretrained=pretrained)
 
 
-def classification_scores(probabilities, classes):
-    """{"class", "view", "phase"}: accuracy, precision, recall, f1 (macro) and calibration_error.
-
-    Those of view and phase from the sums of the four classes' probabilities: (N, 4), (N,). The
-    calibration error is the mean gap between certainty and accuracy in ten bins (Guo et al. 2017).
-    """
-    questions = classification_questions(torch.as_tensor(probabilities), torch.as_tensor(classes))
-    found = {}
-    for name, (chance, answer) in questions.items():
-        kinds = {"task": "multiclass", "num_classes": chance.shape[1]}
-        macro = kinds | {"average": "macro"}
-        found[name] = {
-            "accuracy": accuracy(chance, answer, **kinds, average="micro"),
-            "precision": precision(chance, answer, **macro),
-            "recall": recall(chance, answer, **macro),
-            "f1": f1_score(chance, answer, **macro),
-            "calibration_error": calibration_error(chance, answer, **kinds, n_bins=10),
-        }
-        found[name] = {score: value.item() for score, value in found[name].items()}
-    return found
-
-
-def classification_questions(probabilities, classes):
-    """{"class", "view", "phase"}: (probabilities of its answers (N, K), the right ones (N,)).
-
-    Those of view and phase are sums of the four classes' probabilities: tensors (N, 4) and (N,).
-    """
-    pairs = probabilities.unflatten(1, (len(camus.VIEWS), len(camus.PHASES)))
-    # A sum a rounding error above 1 would be taken for a logit by torchmetrics
-    view, phase = (pairs.sum(axis).clamp(max=1) for axis in (2, 1))
-    return {
-        "class": (probabilities, classes),
-        "view": (view, classes // len(camus.PHASES)),
-        "phase": (phase, classes % len(camus.PHASES)),
-    }
-
-
-def _plan(recipe, changes, steps, points):
-    """(recipe with its changes and this many steps, the steps at which its curve has a point)."""
+def _changed(recipe, changes, steps):
+    """The recipe with these changes and, if given, so many steps; the warm-up is a quarter at most."""
     chosen = replace(recipe, **changes)
-    chosen = replace(chosen, steps=steps or chosen.steps)
-    chosen = replace(chosen, warmup=min(chosen.warmup, chosen.steps // 4))
-    return chosen, {round(chosen.steps * (k + 1) / points) for k in range(points)} - {0}
+    steps = steps or chosen.steps
+    return replace(chosen, steps=steps, warmup=min(chosen.warmup, steps // 4))
 
 
-def _same_picture(ours, theirs):
-    if ours["image"] == theirs["image"]:
-        return True
-    pictures = [camus.read_frame(row)[0] for row in (ours, theirs)]
-    return pictures[0].shape == pictures[1].shape and (pictures[0] == pictures[1]).all()
+def _fit(objective, tensors, recipe, seed, say, points=0, look=None):
+    """Train the objective's network: (log, curve), at `points` steps on the way [step, *look()]."""
+    stops, curve = {round(recipe.steps * (k + 1) / points) for k in range(points)} - {0}, []
+    watch = stops, lambda step: curve.append([step, *look()])
+    log = training.fit(objective, tensors, recipe, None, seed=seed, say=say, watch=watch)
+    objective.network.eval()
+    return log, np.round(curve, 4)
 
 
-@torch.no_grad()
-def segment(network, images, batch=64):
+def _facts(task, settings, seed, recipe, frames, log, test):
+    """What the values of both tasks' runs begin with."""
+    return (
+        {"version": RUN_VERSION, "task": task}
+        | settings
+        | {
+            "seed": seed,
+            "steps": recipe.steps,
+            "batch": recipe.batch,
+            "frames": len(frames),
+            "seconds": log["seconds"].sum(),
+            "patient": test.table["patient"].tolist(),
+            "class": test.classes.tolist(),
+        }
+    )
+
+
+def segment(network, images):
     """Label maps of images (N, 1, H, W) in [-1, 1]: (N, H, W) uint8 on the CPU."""
-    device = next(network.parameters()).device
-    parts = [
-        network(part.to(device)).argmax(1).to(torch.uint8).cpu() for part in images.split(batch)
-    ]
-    return torch.cat(parts)
+    return data.in_batches(lambda x: network(x).argmax(1).to(torch.uint8), images, network)
 
 
-@torch.no_grad()
-def classify(network, images, batch=64):
+def classify(network, images):
     """Probabilities of the four classes: (N, 4) float32 on the CPU."""
-    device = next(network.parameters()).device
-    parts = [network(part.to(device)).softmax(1).cpu() for part in images.split(batch)]
-    return torch.cat(parts)
+    return data.in_batches(lambda x: network(x).softmax(1), images, network)
 
 
 def dice(predicted, truth):
     """Dice of each frame and structure: (N, H, W) uint8 twice -> (N, 3) float64, as `STRUCTURES`.
 
-    NaN where neither map has the structure; 0 where only the prediction has it.
+    NaN where neither map has the structure; 0 where only one has it.
     """
-    scores = compute_dice(_structures(predicted), _structures(truth), ignore_empty=False)
-    both_empty = (_structures(predicted).sum((2, 3)) + _structures(truth).sum((2, 3))) == 0
-    scores[both_empty] = torch.nan
-    return scores.double().numpy()
+    predicted, truth = _structures(predicted), _structures(truth)
+    common, both = (predicted * truth).sum((2, 3)), (predicted + truth).sum((2, 3))
+    return (2 * common / both).double().numpy()
+
+
+def hausdorff(predicted, truth):
+    """95 % Hausdorff distance of each frame and structure, in pixels: (N, 3) float64, NaN if empty."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of empty structures, which become NaN below
+        distances = compute_hausdorff_distance(
+            _structures(predicted), _structures(truth), include_background=True, percentile=95
+        )
+    found = distances.double().numpy()
+    found[~np.isfinite(found)] = np.nan
+    return found
+
+
+def _structures(masks):
+    cavity, wall, atrium = (
+        masks == camus.LABELS[name] for name in ("LV cavity", "myocardium", "LA")
+    )
+    return torch.stack([cavity, cavity | wall, atrium], 1).float()
+
+
+def atrium_errors(predicted, truth):
+    """What became of the atrium in each frame: (N, 3) shares, what the paper's failures differ in.
+
+    Of the given atrium's pixels the share read as cavity, and as cavity or myocardium; of the pixels
+    read as atrium the share that lies outside the given one. NaN where there is no such atrium.
+    """
+    cavity, ventricle, read = _structures(predicted).bool().unbind(1)
+    given = truth == camus.LABELS["LA"]
+    parts = [(cavity & given, given), (ventricle & given, given), (read & ~given, read)]
+    shares = [part.sum((1, 2)) / whole.sum((1, 2)) for part, whole in parts]
+    return torch.stack(shares, 1).double().numpy()
 
 
 def class_accuracies(probabilities, classes):
@@ -405,6 +291,43 @@ def class_accuracies(probabilities, classes):
         "view": float((found // phases == truth // phases).mean()),
         "phase": float((found % phases == truth % phases).mean()),
         "class": float((found == truth).mean()),
+    }
+
+
+def classification_scores(probabilities, classes):
+    """{"class", "view", "phase"}: accuracy, precision, recall, f1 (macro) and calibration_error.
+
+    probabilities (N, 4), classes (N,); see `classification_questions`. The calibration error is the
+    mean gap between certainty and accuracy in ten bins (Guo et al. 2017).
+    """
+    questions = classification_questions(torch.as_tensor(probabilities), torch.as_tensor(classes))
+    found = {}
+    for name, (chance, answer) in questions.items():
+        kinds = {"task": "multiclass", "num_classes": chance.shape[1]}
+        macro = kinds | {"average": "macro"}
+        scores = {
+            "accuracy": scoring.accuracy(chance, answer, **kinds, average="micro"),
+            "precision": scoring.precision(chance, answer, **macro),
+            "recall": scoring.recall(chance, answer, **macro),
+            "f1": scoring.f1_score(chance, answer, **macro),
+            "calibration_error": scoring.calibration_error(chance, answer, **kinds, n_bins=10),
+        }
+        found[name] = {score: value.item() for score, value in scores.items()}
+    return found
+
+
+def classification_questions(probabilities, classes):
+    """{"class", "view", "phase"}: (probabilities of its answers (N, K), the right ones (N,)).
+
+    Of tensors (N, 4), (N,); those of view and phase are sums of the four classes' probabilities.
+    """
+    pairs = probabilities.unflatten(1, (len(camus.VIEWS), len(camus.PHASES)))
+    # A sum a rounding error above 1 would be taken for a logit by torchmetrics
+    view, phase = (pairs.sum(axis).clamp(max=1) for axis in (2, 1))
+    return {
+        "class": (probabilities, classes),
+        "view": (view, classes // len(camus.PHASES)),
+        "phase": (phase, classes % len(camus.PHASES)),
     }
 
 
@@ -419,25 +342,16 @@ def read_by_judges(judges, images, classes, masks=None):
     segmenter, classifier = judges
     seen = classify(classifier, images)
     read = None if masks is None else segment(segmenter, images)
-    scores = {}
-    for index in (*range(len(camus.CLASSES)), None):
-        rows = np.flatnonzero(classes == index) if index is not None else np.arange(len(classes))
+    scores = []
+    for _, rows in metrics.by_class(classes):
         found = {"similarity": metrics.self_similarity(images[rows])}
         found["brightness"] = 127.5 * (images[rows].mean().item() + 1)
         recognised = class_accuracies(seen[rows], classes[rows])
-        found |= {f"{name}_seen": value for name, value in recognised.items()}
+        found |= {f"{question}_seen": share for question, share in recognised.items()}
         if read is not None:
             overlap = dice(read[rows], masks[rows])
             found["dice"] = np.nanmean(overlap) if np.isfinite(overlap).any() else np.nan
             drawn, asked = (anatomy.areas(m[rows])[:, 0] for m in (read, masks))
             found["area_error"] = 100 * np.abs(drawn - asked).mean() / asked.mean()
-        for name, value in found.items():
-            scores.setdefault(name, []).append(float(value))
-    return scores
-
-
-def _structures(masks):
-    cavity, myocardium, atrium = (
-        masks == camus.LABELS[name] for name in ("LV cavity", "myocardium", "LA")
-    )
-    return torch.stack([cavity, cavity | myocardium, atrium], 1).float()
+        scores.append(found)
+    return pd.DataFrame(scores).to_dict("list")

@@ -4,13 +4,11 @@ Chapters 02 to 08. Images are (N, 1, H, W) in [-1, 1], features (N, D) throughou
 """
 
 from dataclasses import dataclass
-from io import BytesIO
 
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from scipy.spatial.distance import cdist
 from torch import nn
 from torchmetrics.functional.image import (
@@ -19,9 +17,8 @@ from torchmetrics.functional.image import (
 )
 from torchmetrics.image.fid import NoTrainInceptionV3
 
-from diffecho_utils import DiffEchoError, anatomy, camus, data
+from diffecho_utils import DiffEchoError, camus, data
 
-_MANIFOLD = ("precision", "recall", "density", "coverage")
 _SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # Wang et al. 2003
 
 
@@ -47,40 +44,39 @@ def ms_ssim(images, reference):
 def radial_spectrum(images):
     """Mean power spectrum over direction: (frequencies in cycles a pixel, power in dB), each (H/2 - 1,).
 
-    The images' means are removed and a Hann window keeps the borders out of it.
+    Without the images' means, under a Hann window.
     """
     side = images.shape[-1]
-    window = torch.hann_window(side, periodic=False)
-    centred = (images - images.mean((2, 3), keepdim=True)) * window[:, None] * window
-    power = torch.fft.fft2(centred).abs().square().mean((0, 1))
-    rings = (
-        torch.hypot(*torch.meshgrid(*[torch.fft.fftfreq(side)] * 2, indexing="ij")) * side
-    ).round()
+    power, depth, sideways = _power(images - images.mean((2, 3), keepdim=True))
+    power, rings = power.mean(0), (torch.hypot(depth, sideways) * side).round()
     frequencies = torch.arange(1, side // 2)
     levels = torch.stack([power[rings == ring].mean() for ring in frequencies])
     return (frequencies / side).numpy(), (10 * torch.log10(levels)).numpy()
 
 
 def power_by_direction(images, low=0.125, high=0.375, bins=18):
-    """Power of fine detail by direction: (N, bins); 0 degrees varies sideways, 90 along depth.
+    """Power of fine detail by direction, 0 degrees sideways, 90 along depth: (N, bins) over 180 degrees.
 
-    Frequencies between `low` and `high` cycles a pixel, under a Hann window; bin b covers the
-    directions from b to b + 1 times 180 / bins degrees.
+    Of frequencies between `low` and `high` cycles a pixel, under a Hann window.
     """
-    side = images.shape[-1]
-    window = torch.hann_window(side, periodic=False)
-    power = torch.fft.fft2(images[:, 0] * window[:, None] * window).abs().square()
-    depth, sideways = torch.meshgrid(*[torch.fft.fftfreq(side)] * 2, indexing="ij")
+    power, depth, sideways = _power(images)
     radius = torch.hypot(depth, sideways)
     ring = (radius > low) & (radius < high)
     wedge = (torch.atan2(depth, sideways) / torch.pi * bins).floor() % bins
     return torch.stack([power[:, ring & (wedge == b)].mean(1) for b in range(bins)], 1).numpy()
 
 
+def _power(images):
+    """(power (N, H, W) under a Hann window, frequencies along depth (H, 1) and sideways (1, W))."""
+    side = images.shape[-1]
+    window, cycles = torch.hann_window(side, periodic=False), torch.fft.fftfreq(side)
+    power = torch.fft.fft2(images[:, 0] * window[:, None] * window).abs().square()
+    return power, cycles[:, None], cycles[None]
+
+
 def high_frequency_deviation(images, pixels=5):
     """Standard deviation of what a mean over `pixels` x `pixels` removes: (N,), speckle and noise."""
-    blurred = F.avg_pool2d(F.pad(images, (pixels // 2,) * 4, mode="reflect"), pixels, stride=1)
-    return (images - blurred).std((1, 2, 3))
+    return (images - data.blurred(images, pixels)).std((1, 2, 3))
 
 
 def region_means(images, masks):
@@ -102,85 +98,33 @@ def latent_features(latents, grid=4):
     return F.adaptive_avg_pool2d(latents, grid).flatten(1).double().numpy()
 
 
-def spoilt(images):
-    """Frames changed in ways that can be named: {what was done: images}, the first as they are.
-
-    From what nobody sees (8 bits) over what programs do in passing (JPEG, resizing, stretching each
-    frame's grey values to the full range, colour and back) to what everybody sees.
-    """
-    check_images(images)
-    side = images.shape[-1]
-
-    def resized(mode, **how):
-        small = F.interpolate(images, side // 2, mode=mode, **how)
-        return F.interpolate(small, side, mode="bilinear", align_corners=False)
-
-    def stored(file_format=None, colour=False, **how):
-        found = []
-        for image in images:
-            picture = Image.fromarray(((image[0] + 1) * 127.5).round().byte().numpy())
-            if colour:
-                picture = picture.convert("RGB")
-            if file_format:
-                file = BytesIO()
-                picture.save(file, file_format, **how)
-                picture = Image.open(file)
-            found.append(torch.from_numpy(np.array(picture.convert("L"))).float())
-        return torch.stack(found)[:, None] / 127.5 - 1
-
-    low, high = (pick(images, (1, 2, 3)).view(-1, 1, 1, 1) for pick in (torch.amin, torch.amax))
-    odd = torch.arange(len(images)).view(-1, 1, 1, 1) % 2 == 1
-    blurred = F.avg_pool2d(F.pad(images, (2,) * 4, mode="reflect"), 5, stride=1)
-    return {
-        "as they are": images,
-        "8 bits": stored(),
-        "grey, colour, grey": stored(colour=True),
-        "JPEG, quality 75": stored("JPEG", quality=75),
-        "JPEG, quality 25": stored("JPEG", quality=25),
-        "stretched to full range": 2 * (images - low) / (high - low) - 1,
-        "half size, filtered": resized("bilinear", antialias=True),
-        "half size, every 2nd pixel": resized("nearest"),
-        "blurred by 5 x 5": blurred,
-        "a fifth darker": 0.8 * (images + 1) - 1,
-        "every second one mirrored": torch.where(odd, images.flip(-1), images),
-    }
-
-
-def network_features(network, images, batch=64):
-    """What the last linear layer of `network` (a classifier) is given: (N, D) float64.
-
-    One pass of the network, overheard by a hook.
-    """
+def network_features(network, images):
+    """What the last linear layer of `network` (a classifier) is given, overheard by a hook: (N, D) float64."""
     layer, heard = [m for m in network.modules() if isinstance(m, nn.Linear)][-1], []
     hook = layer.register_forward_pre_hook(lambda _, given: heard.append(given[0].flatten(1).cpu()))
-    device = next(network.parameters()).device
     try:
-        with torch.no_grad():
-            for part in images.split(batch):
-                network(part.to(device))
+        data.in_batches(network, images, network)
     finally:
         hook.remove()
     return torch.cat(heard).double().numpy()
 
 
-@torch.no_grad()
-def clip_features(clip, images, batch=64):
+def clip_features(clip, images):
     """Vectors of length 1 from the image tower of a CLIP (`checkpoints.load_clip`): (N, D) float64."""
-    device, images = clip.device, data.resized(images, clip.config.vision_config.image_size)
-    parts = [
-        clip.visual_projection(clip.vision_model(pixel_values=part.to(device)).pooler_output).cpu()
-        for part in images.split(batch)
-    ]
-    return F.normalize(torch.cat(parts).double()).numpy()
+
+    def look(part):
+        return clip.visual_projection(clip.vision_model(pixel_values=part).pooler_output)
+
+    images = data.resized(images, clip.config.vision_config.image_size)
+    return F.normalize(data.in_batches(look, images, clip).double()).numpy()
 
 
 def load_inception(weights=None):
     """The Inception-v3 of published FIDs: a module (N, 3, H, W) uint8 -> (N, 2048).
 
-    weights: a TorchScript file of it (StyleGAN's inception-2015-12-05.pt), which needs no further
-    package; loading it runs its code, so take it from a source you trust. None: torchmetrics' own,
-    which needs torch-fidelity and fetches its weights once. Both resize to 299 pixels themselves.
-    Raises DiffEchoError where neither can be had.
+    weights: a TorchScript file of it (StyleGAN's inception-2015-12-05.pt), whose code is run, so take it
+    from a source you trust. None: torchmetrics' own, which needs torch-fidelity and fetches its weights
+    once. Both resize to 299 pixels themselves. Raises DiffEchoError where neither can be had.
     """
     if weights is not None:
         try:
@@ -198,20 +142,19 @@ def load_inception(weights=None):
         ) from None
 
 
-@torch.no_grad()
-def inception_features(inception, images, batch=32):
+def inception_features(inception, images):
     """What Inception-v3 (`load_inception`) sees in grey images as 8-bit RGB: (N, D) float64."""
     flags = {"return_features": True} if isinstance(inception, torch.jit.ScriptModule) else {}
-    tensors = [*inception.parameters(), *inception.buffers()]  # a traced network may have neither
-    device, parts = tensors[0].device if tensors else images.device, []
-    for part in images.split(batch):
-        grey = ((part.to(device).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-        parts.append(inception(grey.expand(-1, 3, -1, -1), **flags).flatten(1).cpu())
-    return torch.cat(parts).double().numpy()
+
+    def look(part):
+        grey = ((part.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+        return inception(grey.expand(-1, 3, -1, -1), **flags).flatten(1)
+
+    return data.in_batches(look, images, inception, batch=32).double().numpy()
 
 
 def nearest(a, b):
-    """Distance of each row of `a` from the nearest row of `b`, root mean square: (N, ...), (M, ...) -> (N,).
+    """Distance of each row of `a` from the nearest of `b`, root mean square: (N, ...), (M, ...) -> (N,).
 
     Generated frames that lie closer to the training frames than held-out real ones do are copies.
     """
@@ -228,10 +171,7 @@ class Gaussian:
 
 
 def fitted(features):
-    """The `Gaussian` of features (N, D); to be kept where many sets are compared with one.
-
-    Raises DiffEchoError for fewer than two rows, and for values that are not finite.
-    """
+    """The `Gaussian` of features (N, D), N > 1 and finite; to be kept where many sets are compared with one."""
     x = np.asarray(features, dtype=np.float64)
     if x.ndim != 2 or len(x) < 2:
         raise DiffEchoError(f"features of shape {x.shape}: a Gaussian needs (N, D), N > 1")
@@ -250,10 +190,9 @@ def fitted(features):
 def frechet_distance(a, b):
     """Frechet distance of the Gaussians fitted to two sets of features, (N, D) and (M, D).
 
-    |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) (Heusel et al. 2017). The trace of the matrix
-    root is the sum of the singular values of X_a X_b^T, with X the centred features over
-    sqrt(n - 1): no matrix root, and exact for fewer images than dimensions. Either may be `fitted`
-    already.
+    |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) (Heusel et al. 2017). The trace of the matrix root
+    is the sum of the singular values of X_a X_b^T, with X the centred features over sqrt(n - 1): exact
+    for fewer images than dimensions. Either may be `fitted` already.
     """
     a, b = (x if isinstance(x, Gaussian) else fitted(x) for x in (a, b))
     if len(a.mean) != len(b.mean):
@@ -268,31 +207,25 @@ def frechet_distance(a, b):
 def frechet_at_infinity(a, b, seed=0, points=10, repeats=5):
     """Frechet distance extrapolated to infinitely many `a` (Chong and Forsyth 2020).
 
-    The bias falls as 1/N: distances of random subsets of a, from half of it to all, are fitted by a
-    line in 1/N, whose value at 0 is returned.
+    Its bias falls as 1/N: those of random subsets, from half of a to all, are fitted by a line in 1/N.
     """
-    rng = np.random.default_rng(seed)
-    b = b if isinstance(b, Gaussian) else fitted(b)
-    sizes = np.linspace(len(a) // 2, len(a), points).astype(int)
-    draws = [
-        (n, frechet_distance(a[rng.permutation(len(a))[:n]], b)) for n in np.repeat(sizes, repeats)
-    ]
-    inverse, distances = 1 / np.array([n for n, _ in draws]), np.array([d for _, d in draws])
-    return float(np.polyfit(inverse, distances, 1)[1])
+    rng, b = np.random.default_rng(seed), b if isinstance(b, Gaussian) else fitted(b)
+    sizes = np.repeat(np.linspace(len(a) // 2, len(a), points).astype(int), repeats)
+    distances = [frechet_distance(a[rng.permutation(len(a))[:n]], b) for n in sizes]
+    return float(np.polyfit(1 / sizes, distances, 1)[1])
 
 
 def kernel_distance(a, b):
     """Kernel distance (KID, Binkowski et al. 2018) of features (N, D), (M, D): unbiased at any N > 1.
 
-    Squared maximum mean discrepancy with the kernel (x.y / D + 1)^3, over all pairs, none left out;
-    around zero, and as often below it as above, for two draws from one distribution.
+    Squared maximum mean discrepancy with the kernel (x.y / D + 1)^3 over all pairs; around zero, and as
+    often below as above, for two draws from one distribution.
     """
     a, b = _two_sets(a, b, 2, "a kernel distance")
-    within_a, within_b, across = (
-        (x @ y.T / a.shape[1] + 1) ** 3 for x, y in ((a, a), (b, b), (a, b))
-    )
-    pairs = [(k.sum() - np.trace(k)) / (len(k) * (len(k) - 1)) for k in (within_a, within_b)]
-    return float(sum(pairs) - 2 * across.mean())
+    pairs = (a, a), (b, b), (a, b)
+    within_a, within_b, across = ((x @ y.T / a.shape[1] + 1) ** 3 for x, y in pairs)
+    means = [(k.sum() - np.trace(k)) / (len(k) * (len(k) - 1)) for k in (within_a, within_b)]
+    return float(sum(means) - 2 * across.mean())
 
 
 def manifold_scores(a, b, k=5):
@@ -304,7 +237,8 @@ def manifold_scores(a, b, k=5):
     share of b's balls that hold an `a` (Naeem et al. 2020). Raises DiffEchoError for N or M <= k.
     """
     a, b = _two_sets(a, b, k + 1, f"precision and recall with k = {k}")
-    across, (reach_a, reach_b) = cdist(b, a), [_reach(x, k) for x in (a, b)]
+    across = cdist(b, a)
+    reach_a, reach_b = (np.partition(cdist(x, x), k, axis=1)[:, k] for x in (a, b))
     inside = across < reach_b[:, None]
     return {
         "precision": float(inside.any(0).mean()),
@@ -312,11 +246,6 @@ def manifold_scores(a, b, k=5):
         "density": float(inside.sum(0).mean() / k),
         "coverage": float((across.min(1) < reach_b).mean()),
     }
-
-
-def _reach(x, k):
-    """Distance of each point from its k-th neighbour."""
-    return np.partition(cdist(x, x), k, axis=1)[:, k]
 
 
 def _two_sets(a, b, least, what):
@@ -331,25 +260,17 @@ def _two_sets(a, b, least, what):
 
 
 def self_similarity(images, pairs=200, seed=0):
-    """Mean MS-SSIM of random pairs of different images: low is diverse, 1 is one image repeated.
-
-    Of all pairs where there are fewer than `pairs`.
-    """
+    """Mean MS-SSIM of (at most) so many random pairs: low is diverse, 1 is one image repeated."""
     check_images(images, 2)
     first, second = np.triu_indices(len(images), 1)
     chosen = np.random.default_rng(seed).permutation(len(first))[:pairs]
-    return float(
-        torch.cat(
-            [
-                ms_ssim(images[first[part]], images[second[part]])
-                for part in np.array_split(chosen, -(-len(chosen) // 64))
-            ]
-        ).mean()
-    )
+    parts = np.array_split(chosen, -(-len(chosen) // 64))
+    scores = [ms_ssim(images[first[part]], images[second[part]]) for part in parts]
+    return float(torch.cat(scores).mean())
 
 
 def check_images(images, least=1, names=None):
-    """Raise DiffEchoError for images that no metric can say anything about; `names` to say which.
+    """Raise DiffEchoError for images of which no metric can say anything, naming one by its `names`.
 
     Fewer than `least`, not finite, or of one grey value throughout.
     """
@@ -370,110 +291,102 @@ def check_images(images, least=1, names=None):
             )
 
 
-def ejection_fractions(frames, masks):
-    """EF in % of each patient of `frames` (data.Frames) with other label maps, NaN if unmeasurable.
+def bootstrap_interval(statistic, groups, repeats=200, runs=(), centred=True):
+    """95 % interval of a statistic, a number or an array, over resampled patients: (low, high).
 
-    masks: (N, H, W), as a segmenter reads them or as they were asked for. A Series by patient, of
-    those who have all four frames.
+    groups: (N,) the patient of each row; whole patients are drawn with replacement, because the frames
+    of one are not independent, and `statistic(rows)` is asked of theirs. runs: sizes of sets of runs, of
+    which as many are drawn as well: `statistic(rows, ours, theirs)` is given their indices, too.
+    centred: moved so that the resamples' mean falls on the statistic of all, since a resample repeats
+    rows, which raises a statistic with a small-sample bias, such as the Frechet distance (for that
+    one the interval is rather too wide); otherwise plain percentiles.
     """
-    measured = anatomy.patients_ef(data.Frames(frames.images, masks, frames.table))
-    return measured.set_index("patient")["ef"]
-
-
-def bootstrap_interval(statistic, groups, repeats=200, level=0.95, seed=0):
-    """Interval of `statistic(rows)` over resampled groups (patients): (low, high).
-
-    groups: (N,) the group of each row; whole groups are drawn with replacement, because the frames
-    of one patient are not independent. The interval is moved so that the resamples' mean falls on
-    `statistic` of all rows: a resample repeats rows, and so raises a statistic with a small-sample
-    bias, such as the Frechet distance, above its own estimate. For that one it is rather too wide.
-    """
-    rng = np.random.default_rng(seed)
-    names, member = np.unique(np.asarray(groups), return_inverse=True)
-    rows_of = [np.flatnonzero(member == i) for i in range(len(names))]
+    rng = np.random.default_rng(0)
+    _, member = np.unique(np.asarray(groups), return_inverse=True)
+    rows_of = [np.flatnonzero(member == i) for i in range(member.max() + 1)]
     values = []
     for _ in range(repeats):
-        drawn = rng.integers(len(names), size=len(names))
-        values.append(statistic(np.concatenate([rows_of[i] for i in drawn])))
-    tails = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
-    tails += statistic(np.arange(len(member))) - np.mean(values)
-    return float(tails[0]), float(tails[1])
+        drawn_runs = [rng.integers(n, size=n) for n in runs]
+        drawn = rng.integers(len(rows_of), size=len(rows_of))
+        values.append(statistic(np.concatenate([rows_of[i] for i in drawn]), *drawn_runs))
+    ends = np.quantile(values, [(1 - 0.95) / 2, (1 + 0.95) / 2], axis=0)
+    if centred:
+        ends += statistic(np.arange(len(member)), *map(np.arange, runs)) - np.mean(values, axis=0)
+    return tuple(ends.tolist())
 
 
-def distance_panel(
-    images, classes, reference, reference_classes, held_out, held_out_classes, patients
-):
-    """Frechet distances to the training frames, class by class, beside what real frames get.
+def mean_interval(values, groups, repeats=200):
+    """(mean, low, high) of values (N,), NaN left out: `bootstrap_interval` over their groups."""
+    values, groups = np.asarray(values, dtype=float), np.asarray(groups)
+    there = np.isfinite(values)
+    values, groups = values[there], groups[there]
+    ends = bootstrap_interval(lambda rows: values[rows].mean(), groups, repeats)
+    return float(values.mean()), *ends
 
-    Each argument pair is (features, class index): of the generated images, of the training frames
-    (the reference of both columns) and of held-out real frames, whose patients are given. Returns a
-    DataFrame indexed by class ("all" last) with columns n, distance, low, high, at_infinity, and
-    the floor: floor_n, floor, floor_low, floor_high (95 % bootstrap, over patients for real frames).
-    The bias of small samples cancels only where n and floor_n agree.
+
+def share_interval(hits):
+    """(share, low, high) of independent hits (N,) bool: Wilson's 95 % interval."""
+    n, share, z = len(hits), float(np.mean(hits)), 1.96
+    centre = share + z**2 / (2 * n)
+    width = z * np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    return share, *((centre + np.array([-width, width])) / (1 + z**2 / n)).tolist()
+
+
+def by_class(*classes):
+    """One class after the other and, last, all: (name, rows of the first set, rows of the second, ...).
+
+    classes: (N,) class indices of each set of images; rows: where they are this class.
     """
-    rows = {}
-    for index, name in [*enumerate(camus.CLASS_NAMES), (None, "all")]:
-        of = [
-            x if index is None else x[np.asarray(c) == index]
-            for x, c in (
-                (images, classes),
-                (reference, reference_classes),
-                (held_out, held_out_classes),
-            )
-        ]
-        if min(len(x) for x in of) < 4:
-            counts = dict(zip(("generated", "training", "held-out"), map(len, of), strict=True))
-            raise DiffEchoError(
-                f"{name}: a Frechet distance needs 4 images of each, found {counts}"
-            )
-        members = patients if index is None else patients[np.asarray(held_out_classes) == index]
-        target = fitted(of[1])
-        low, high = bootstrap_interval(
-            lambda r, x=of[0], target=target: frechet_distance(x[r], target), range(len(of[0]))
-        )
-        floor = bootstrap_interval(
-            lambda r, x=of[2], target=target: frechet_distance(x[r], target), members
-        )
-        rows[name] = {
-            "n": len(of[0]),
-            "distance": frechet_distance(of[0], target),
-            "low": low,
-            "high": high,
-            "at_infinity": frechet_at_infinity(of[0], target),
-            "floor_n": len(of[2]),
-            "floor": frechet_distance(of[2], target),
-            "floor_low": floor[0],
-            "floor_high": floor[1],
-        }
-    return pd.DataFrame(rows).T
+    classes = [np.asarray(of_set) for of_set in classes]
+    for index, name in enumerate(camus.CLASS_NAMES):
+        yield name, *(np.flatnonzero(of_set == index) for of_set in classes)
+    yield "all", *(np.arange(len(of_set)) for of_set in classes)
 
 
 def panel(images, classes, reference, reference_classes, held_out, held_out_classes, patients, k=5):
-    """`distance_panel` and beside it what a Frechet distance cannot see; arguments as there.
+    """Distances of generated images from training frames, class by class, beside what real frames get.
 
-    Further columns: floor_at_infinity, and of each of the following the value of the images and, as
-    <name>_floor, of the held-out frames. kernel: `kernel_distance`; precision, recall, density,
-    coverage: `manifold_scores`, NaN where a class has too few images for it (`k` + 1); nearest: the
-    5th percentile of the distance from the nearest training frame.
+    Each argument pair is (features, class index): of the generated images, of the training frames (the
+    reference) and of held-out real frames, whose patients are given. Returns a DataFrame indexed by
+    class ("all" last): n, distance (Frechet), low, high (95 % bootstrap, over patients for real frames)
+    and at_infinity, then the same of the held-out frames as floor_n, floor, floor_low, ...; the bias of
+    small samples cancels only where n and floor_n agree. Then what a Frechet distance cannot see, of the
+    held-out frames as <name>_floor: kernel (`kernel_distance`); precision, recall, density, coverage
+    (`manifold_scores`, NaN where a class has no more than `k` images); nearest, the 5th percentile of
+    the distance from the nearest training frame.
     """
-    table = distance_panel(
-        images, classes, reference, reference_classes, held_out, held_out_classes, patients
-    )
-    for index, name in [*enumerate(camus.CLASS_NAMES), (None, "all")]:
-        mine, target, real = (
-            np.asarray(x) if index is None else np.asarray(x)[np.asarray(c) == index]
-            for x, c in (
-                (images, classes),
-                (reference, reference_classes),
-                (held_out, held_out_classes),
+    sets, patients = [np.asarray(x) for x in (images, reference, held_out)], np.asarray(patients)
+    table = {}
+    for name, *rows in by_class(classes, reference_classes, held_out_classes):
+        mine, known, real = (x[r] for x, r in zip(sets, rows, strict=True))
+        counts = {"generated": len(mine), "training": len(known), "held-out": len(real)}
+        if min(counts.values()) < 4:
+            raise DiffEchoError(
+                f"{name}: a Frechet distance needs 4 images of each, found {counts}"
             )
-        )
-        table.loc[name, "floor_at_infinity"] = frechet_at_infinity(real, target)
-        for suffix, x in (("", mine), ("_floor", real)):
-            scores = {"kernel": kernel_distance(x, target)} | dict.fromkeys(_MANIFOLD, np.nan)
-            if min(len(x), len(target)) > k:
-                scores |= manifold_scores(x, target, k)
-            scores["nearest"] = np.quantile(nearest(x, target), 0.05)
-            for score, value in scores.items():
-                table.loc[name, f"{score}{suffix}"] = value
-    return table
+        target = fitted(known)
+        floor = _distances(real, target, patients[rows[2]])
+        table[name] = _distances(mine, target, range(len(mine)))
+        table[name] |= {f"floor_{score}": value for score, value in floor.items()}
+        table[name] |= _scores(mine, known, k)
+        table[name] |= {f"{score}_floor": v for score, v in _scores(real, known, k).items()}
+    return pd.DataFrame(table).T.rename(columns={"floor_distance": "floor"})
+
+
+def _distances(x, target, groups):
+    low, high = bootstrap_interval(lambda rows: frechet_distance(x[rows], target), groups)
+    return {
+        "n": len(x),
+        "distance": frechet_distance(x, target),
+        "low": low,
+        "high": high,
+        "at_infinity": frechet_at_infinity(x, target),
+    }
+
+
+def _scores(x, known, k):
+    names = ("precision", "recall", "density", "coverage")
+    enough = min(len(x), len(known)) > k
+    manifold = manifold_scores(x, known, k) if enough else dict.fromkeys(names, np.nan)
+    closest = np.quantile(nearest(x, known), 0.05)
+    return {"kernel": kernel_distance(x, known)} | manifold | {"nearest": closest}

@@ -14,53 +14,55 @@ import pandas as pd
 
 from diffecho_utils import DiffEchoError, anatomy
 
-TEMPLATES = ("paper", "paper-seg", "random", "clinical")
 WORDINGS = 3  # ways to say the same, so that a text model cannot memorise one string
 
 # EF classes of the universal definition of heart failure (Bozkurt et al. 2021), in whole per cent.
 EF_CLASSES = {"reduced": (0, 40), "mildly reduced": (41, 49), "normal": (50, 100)}
 
-# The atrium's area at ES over the ventricle's at ED, mean of the views: the 20th and the 80th
-# percentile of the 400 training patients of CAMUS. A share needs no pixel spacing, which many
-# re-packs lost, and survives a stretched picture. It is relative to the patient's own ventricle and
-# unrelated to the EF (correlation 0.01 there), but no clinical grade: that is a volume over body surface.
+# The atrium's area at ES over the ventricle's at ED, mean of the views: 20th and 80th percentile of
+# the 400 training patients of CAMUS. A ratio needs no pixel spacing, which many re-packs lost, and
+# survives stretching. It is unrelated to the EF (correlation 0.01 there), but no clinical grade:
+# that is a volume over body surface.
 LA_SMALL, LA_ENLARGED = 0.385, 0.750
 
 _PAPER = (
-    "An ultrasound image shows the heart in a {view} view during the {phase} phase.",
-    "The heart during the {phase} phase, {view} view, ultrasound image.",
-    "This {view} view of the heart is an ultrasound image in the {phase} phase.",
+    ("An ultrasound image shows the heart in a {view} view during the {phase} phase.", {}),
+    ("The heart during the {phase} phase, {view} view, ultrasound image.", {}),
+    ("This {view} view of the heart is an ultrasound image in the {phase} phase.", {}),
 )
-# One tuple of clauses a wording; a clause whose fact is missing is left out.
-_CLAUSES = {
-    "paper": tuple((text,) for text in _PAPER),
+# Of each wording the sentence, and what is added to it for each of these facts that is known.
+_WORDINGS = {
+    "paper": _PAPER,
     "paper-seg": (
-        ("an ultrasound image of heart in {view} view",),
-        ("{view} view of the heart, an ultrasound image",),
-        ("an ultrasound image shows the heart in {view} view",),
+        ("an ultrasound image of heart in {view} view", {}),
+        ("{view} view of the heart, an ultrasound image", {}),
+        ("an ultrasound image shows the heart in {view} view", {}),
     ),
-    "random": tuple((text,) for text in _PAPER),
+    "random": _PAPER,
     "clinical": (
         (
             "apical {view} view at {moment}",
-            "{quality} image quality",
-            "{ef} ejection fraction",
-            "{la_size} left atrium",
+            {
+                "quality": "{} image quality",
+                "ef": "{} ejection fraction",
+                "la_size": "{} left atrium",
+            },
         ),
         (
             "echocardiogram at {moment} in the apical {view} view",
-            "the image quality is {quality}",
-            "the ejection fraction is {ef}",
-            "the left atrium is {la_size}",
+            {
+                "quality": "the image quality is {}",
+                "ef": "the ejection fraction is {}",
+                "la_size": "the left atrium is {}",
+            },
         ),
         (
             "{moment}, {view} echocardiogram",
-            "quality {quality}",
-            "left atrium {la_size}",
-            "ejection fraction {ef}",
+            {"quality": "quality {}", "la_size": "left atrium {}", "ef": "ejection fraction {}"},
         ),
     ),
 }
+TEMPLATES = tuple(_WORDINGS)
 _VIEW = {"2CH": "two-chamber", "4CH": "four-chamber"}
 _MOMENT = {"ED": "end-diastole", "ES": "end-systole"}
 _QUALITY = ("Good", "Medium", "Poor")
@@ -75,9 +77,9 @@ def make(table, template="clinical", wording=0, seed=0):
     - "paper": the text-guided model's, with view and phase;
     - "paper-seg": the text + segmentation guided model's, with the view alone;
     - "random": "paper" with each keyword (two-chamber, four-chamber, ed, es) replaced by six random
-      letters of its own, drawn from `seed`: the four classes stay apart, what the words mean is gone.
-      The code has such an option; that a keyword keeps its string for a whole run is our reading;
-    - "clinical": ours, with all facts; one that is missing is left out of the sentence.
+      letters of its own, drawn from `seed`: the classes stay apart, what the words mean is gone. The
+      code has such an option; that a keyword keeps its string for a whole run is our reading;
+    - "clinical": ours, with all facts; one that is missing is left out.
 
     Raises DiffEchoError for an unknown template or wording.
     """
@@ -86,23 +88,17 @@ def make(table, template="clinical", wording=0, seed=0):
             f"no prompt template {template!r} with wording {wording!r}; templates are {TEMPLATES}, "
             f"wordings 0 to {WORDINGS - 1}"
         )
+    (sentence, additions), prompts = _WORDINGS[template][wording], []
     keywords = _random_strings(seed) if template == "random" else {}
-    prompts = []
     for row in table.to_dict("records"):
         view, phase = _VIEW[row["view"]], row["phase"].lower()
-        known = {
-            "view": keywords.get(view, view),
-            "phase": keywords.get(phase, phase),
-            "moment": _MOMENT[row["phase"]],
-            "quality": _text(row.get("quality")).lower(),
-            "ef": ef_class(row.get("ef")),
-            "la_size": _text(row.get("la_size")),
-        }
-        clauses = [
-            clause.format_map(known)
-            for clause in _CLAUSES[template][wording]
-            if all(known[name] for name in re.findall(r"{(\w+)}", clause))
-        ]
+        shown = {"view": keywords.get(view, view), "phase": keywords.get(phase, phase)}
+        clauses = [sentence.format(**shown, moment=_MOMENT[row["phase"]])]
+        known = row | {"ef": ef_class(row.get("ef"))}
+        for fact, text in additions.items():
+            value = known.get(fact)
+            if isinstance(value, str) and value:  # where it is missing: NaN, None or ""
+                clauses.append(text.format(value.lower()))
         prompts.append(", ".join(clauses))
     return prompts
 
@@ -114,37 +110,39 @@ def wordings(table, template="clinical", seed=0):
         keys.assign(wording=wording, prompt=make(table, template, wording, seed))
         for wording in range(WORDINGS)
     ]
-    return pd.concat(parts).sort_index(kind="stable").reset_index(drop=True)
+    return pd.concat(parts).sort_index(kind="stable", ignore_index=True)
 
 
-def facts(frames):
-    """The table of `frames` (a `data.Frames`) with what its label maps can tell: columns ef, la_size.
+def facts(masks, table):
+    """The table with what its label maps (N, H, W) can tell: columns ef, la_size.
 
     ef: per cent, the folder's own where it has one, else `anatomy.patients_ef`. la_size: "small",
     "normal", "enlarged" by `LA_SMALL` and `LA_ENLARGED`. Both are a patient's, the same in all of
-    its frames; missing where the frames that they need are not among `frames`, or lack the chamber.
+    its frames; missing where the frames that they need are not in the table, or lack the chamber.
     """
-    table = frames.table.assign(ef=frames.table["ef"].astype(float))
+    masks, table = np.asarray(masks), table.assign(ef=table["ef"].astype(float))
     table["ef"] = table.groupby("patient")["ef"].transform("first")
-    measured = anatomy.patients_ef(frames.where(table["ef"].isna())).set_index("patient")["ef"]
+    unknown = table["ef"].isna().to_numpy()
+    measured = anatomy.patients_ef(masks[unknown], table[unknown]).set_index("patient")["ef"]
     table["ef"] = table["ef"].fillna(table["patient"].map(measured))
     bounds = (-np.inf, LA_SMALL, LA_ENLARGED, np.inf)
-    size = pd.cut(la_ratio(frames), bounds, labels=_LA_SIZES)
+    size = pd.cut(la_ratio(masks, table), bounds, labels=_LA_SIZES)
     table["la_size"] = table["patient"].map(size.astype(object))
     return table
 
 
-def la_ratio(frames):
-    """Area of the left atrium at ES over that of the LV cavity at ED, mean of the views that show both: by patient."""
-    pixel = frames.table[["lateral_mm", "depth_mm"]].prod(axis=1, skipna=False).fillna(1.0)
-    areas = anatomy.areas(frames.masks.numpy()) * pixel.to_numpy()[:, None]
+def la_ratio(masks, table):
+    """Area of the left atrium at ES over that of the LV cavity at ED: a Series by patient.
+
+    Mean of the views that show both.
+    """
+    pixel = table[["lateral_mm", "depth_mm"]].prod(axis=1, skipna=False).fillna(1.0)
+    areas = anatomy.areas(masks) * pixel.to_numpy()[:, None]
     areas[areas == 0] = np.nan  # a label map without the chamber does not make it small
-    keys = ["patient", "view", "phase"]
-    areas = frames.table[keys].assign(cavity=areas[:, 0], atrium=areas[:, 2])
-    areas = areas.pivot(index=["patient", "view"], columns="phase", values=["cavity", "atrium"])
-    columns = [("atrium", "ES"), ("cavity", "ED")]
-    atrium, cavity = areas.reindex(columns=columns).T.to_numpy(dtype=float)
-    return pd.Series(atrium / cavity, index=areas.index).groupby("patient").mean().dropna()
+    found = table.assign(cavity=areas[:, 0], atrium=areas[:, 2]).set_index(["patient", "view"])
+    atrium = found.loc[found["phase"] == "ES", "atrium"]
+    cavity = found.loc[found["phase"] == "ED", "cavity"]
+    return (atrium / cavity).groupby("patient").mean().dropna()
 
 
 def ef_class(ef):
@@ -160,9 +158,10 @@ def every(seed=0):
     efs = [highest for _, highest in EF_CLASSES.values()]
     values = itertools.product(_VIEW, _MOMENT, (None, *_QUALITY), (None, *efs), (None, *_LA_SIZES))
     table = pd.DataFrame(values, columns=["view", "phase", "quality", "ef", "la_size"])
-    ways = itertools.product(TEMPLATES, range(WORDINGS))
-    texts = (make(table, template, wording, seed) for template, wording in ways)
-    return tuple(dict.fromkeys(itertools.chain.from_iterable(texts)))
+    texts = {}  # a dict keeps their order
+    for template, wording in itertools.product(TEMPLATES, range(WORDINGS)):
+        texts |= dict.fromkeys(make(table, template, wording, seed))
+    return tuple(texts)
 
 
 def words(text):
@@ -191,7 +190,3 @@ def _random_strings(seed):
     rng = np.random.default_rng(seed)
     keywords = [*_VIEW.values(), *map(str.lower, _MOMENT)]
     return {keyword: "".join(rng.choice(letters, 6)) for keyword in keywords}
-
-
-def _text(value):
-    return "" if pd.isna(value) else value

@@ -55,7 +55,7 @@ def plan(model, count, frames=None, template=None, classes=sampling.ALL_CLASSES)
             rows.append(np.resize(of_class, count))
         rows = np.concatenate(rows)
         masks = frames.masks[rows]
-        known = prompts.facts(frames) if wanted else frames.table
+        known = prompts.facts(frames.masks, frames.table) if wanted else frames.table
         table = known.iloc[rows].reset_index(drop=True)
     return table.assign(prompt=prompts.make(table, template) if wanted else ""), masks
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import json
 import os
 import shutil
 import textwrap
@@ -13,7 +14,7 @@ import pytest
 import torch
 from filelock import FileLock
 
-from diffecho_utils import assets, camus, data, phantom, profiles, results, training
+from diffecho_utils import assets, camus, data, phantom, profiles, results, synthetic, training
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "camus"
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
@@ -132,3 +133,22 @@ def trained(smoke, frames, tmp_path_factory):
         built_on = {name: folders[name] for name in needs}
         training.train(model, frames, smoke, folders[model], needs=built_on, say=str)
     return folders
+
+
+def as_set(frames):
+    """`as_set(folder, rows)`: these frames of the phantom as `sample` would have drawn them; the folder."""
+
+    def write(folder, rows):
+        for name in ("images", "label_maps"):
+            (folder / name).mkdir(parents=True)
+        for i, row in enumerate(rows):
+            synthetic.save_image(frames.images[row], folder / f"images/{i}.png")
+            synthetic.save_grey(frames.masks[row].numpy(), folder / f"label_maps/{i}.png")
+        table = frames.table.loc[rows, ["view", "phase"]].assign(prompt="", seed=range(len(rows)))
+        table["file_name"] = [f"images/{i}.png" for i in range(len(rows))]
+        table["label_map"] = [f"label_maps/{i}.png" for i in range(len(rows))]
+        table[synthetic.METADATA].to_csv(folder / "metadata.csv", index=False)
+        (folder / "dataset.json").write_text(json.dumps({"settings": {"model": "sdm"}}))
+        return folder
+
+    return write

@@ -725,9 +725,9 @@ def test_prompts_leave_out_what_a_label_map_does_not_say(damage, root, tmp_path)
         cfg.unlink()
     assert main(["prompts", str(root), str(tmp_path / "prompts.csv")]) == 0
     frames = data.load_frames(camus.read_table(root), data.Geometry(64))
-    known = prompts.facts(frames).groupby("patient")["ef"].first()
+    known = prompts.facts(frames.masks, frames.table).groupby("patient")["ef"].first()
     assert known.isna().sum() == {empty_map: 1, no_cavity: 4, no_wall: 0}[damage]
-    measured = anatomy.patients_ef(frames)
+    measured = anatomy.patients_ef(frames.masks, frames.table)
     assert len(measured) == 4 and measured["ef"].isna().sum() == known.isna().sum()
 
 
@@ -735,7 +735,8 @@ def test_a_missing_atrium_is_a_note_and_no_small_one(root):
     rewrite(maps(root), relabel(1, 2, 0))
     problems, notes = checks.examine(root)
     assert problems == [] and "no LA (label 3)" in notes[-1] and "16 of 16" in notes[-1]
-    facts = prompts.facts(data.load_frames(camus.read_table(root), data.Geometry(64)))
+    frames = data.load_frames(camus.read_table(root), data.Geometry(64))
+    facts = prompts.facts(frames.masks, frames.table)
     assert facts["la_size"].isna().all() and facts["ef"].notna().all()
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from diffecho_utils import camus, data, files, models, prompts
+from diffecho_utils import DiffEchoError, assets, camus, data, files, models, prompts
 
 
 def test_frames_are_in_range_and_ordered_as_the_table(phantom_root, frames, smoke):
@@ -52,24 +52,28 @@ def test_jitter_moves_image_and_label_map_together(frames):
 
 
 def test_cache_is_used_and_redone_when_the_source_changes(broken_root, tmp_path, monkeypatch):
-    cache = tmp_path / "cache"
-    table = camus.select(camus.read_table(broken_root), patients=2)
-    first = data.load_frames(table, data.Geometry(32), cache_dir=cache)
+    monkeypatch.setattr(assets, "workspace", lambda: tmp_path)
+    cache, small = tmp_path / "cache", data.Geometry(32)
+    first = data.open_frames(broken_root, "training", small, patients=2)
+    table = camus.read_table(broken_root)
+    rows = camus.select(table, "training", patients=2)
     with monkeypatch.context() as patch:
         patch.setattr(camus, "read_frame", lambda row: pytest.fail("read again"))
-        again = data.load_frames(table, data.Geometry(32), cache_dir=cache)
+        again = data.open_frames(table, "training", small, patients=2)
     assert torch.equal(first.images, again.images) and torch.equal(first.masks, again.masks)
-    assert first.table.equals(again.table)
-    source, target = table["image"].iloc[0], table["image"].iloc[1]  # ED over ES
+    assert first.table.equals(again.table) and len(first) == 8 and first.side == 32
+    assert torch.equal(first.images, data.load_frames(rows, small).images)
+    source, target = rows["image"].iloc[0], rows["image"].iloc[1]  # ED over ES
     target.write_bytes(source.read_bytes())
     os.utime(target, ns=(1, 1))
-    changed = data.load_frames(table, data.Geometry(32), cache_dir=cache)
+    changed = data.load_frames(rows, small, cache_dir=cache)
     assert torch.equal(changed.images[1], first.images[0])
     for path in cache.glob("frames-*"):
         path.write_bytes(path.read_bytes()[:100])
-    assert torch.equal(
-        data.load_frames(table, data.Geometry(32), cache_dir=cache).images, changed.images
-    )
+    again = data.load_frames(rows, small, cache_dir=cache)
+    assert torch.equal(again.images, changed.images)
+    with pytest.raises(DiffEchoError, match="no frame with split=testing"):
+        data.open_frames(table.assign(split="training"), "testing", small)
 
 
 def test_latent_views_are_scaled_cached_and_labelled(frames, smoke, tmp_path):
@@ -124,3 +128,19 @@ def test_jitter_moves_pixels_alike_in_half_precision(frames):
     with torch.autocast("cpu", torch.bfloat16):
         mixed = data.jitter(frames.images, frames.masks, drawn)
     assert all(torch.equal(*pair) for pair in zip(exact, mixed, strict=True))
+
+
+def test_spoilt_frames(frames):
+    images = frames.images[:6]
+    changed = data.spoilt(images)
+    assert all(x.shape == images.shape and x.abs().max() <= 1 for x in changed.values())
+    away = {name: (x - images).abs().max().item() for name, x in changed.items()}
+    assert away["as they are"] == 0 and away["8 bits"] == away["grey, colour, grey"] <= 1 / 255
+    coarse, fine = ((changed[f"JPEG, quality {q}"] - images).square().mean() for q in (25, 75))
+    assert coarse > fine > 0
+    full = changed["stretched to full range"].flatten(1)
+    torch.testing.assert_close(full.amin(1), -torch.ones(6))
+    torch.testing.assert_close(full.amax(1), torch.ones(6))
+    mirrored = changed["every second one mirrored"]
+    assert torch.equal(mirrored[::2], images[::2])
+    assert torch.equal(mirrored[1::2], images[1::2].flip(-1))

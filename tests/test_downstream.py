@@ -1,6 +1,5 @@
-"""Segmenters are scored frame by frame, with and without synthetic frames, on patients apart."""
+"""Segmenters and classifiers are scored frame by frame, with and without synthetic frames, on patients apart."""
 
-import json
 import shutil
 
 import numpy as np
@@ -12,7 +11,6 @@ from torchmetrics.functional.segmentation import hausdorff_distance
 from diffecho_utils import (
     DiffEchoError,
     camus,
-    data,
     downstream,
     models,
     phantom,
@@ -24,35 +22,20 @@ from diffecho_utils.__main__ import main
 
 
 @pytest.fixture(scope="module")
-def copies(frames, tmp_path_factory):
+def copies(frames, as_set, tmp_path_factory):
     """Every frame of the phantom twice, as if it had been drawn, on disk."""
-    folder = tmp_path_factory.mktemp("sets") / "copies"
-    for name in ("images", "label_maps"):
-        (folder / name).mkdir(parents=True)
-    table = frames.table.loc[frames.table.index.repeat(2)].reset_index(drop=True)
-    rows = np.arange(len(frames)).repeat(2)
-    for i, row in enumerate(rows):
-        synthetic.save_image(frames.images[row], folder / "images" / f"{i}.png")
-        synthetic.save_grey(frames.masks[row].numpy(), folder / "label_maps" / f"{i}.png")
-    names = [f"{i}.png" for i in range(len(rows))]
-    table = table[["view", "phase"]].assign(
-        file_name=[f"images/{name}" for name in names],
-        prompt="",
-        seed=range(len(rows)),
-        label_map=[f"label_maps/{name}" for name in names],
-    )
-    table[synthetic.METADATA].to_csv(folder / "metadata.csv", index=False)
-    (folder / "dataset.json").write_text(json.dumps({"settings": {"model": "sdm"}}))
-    return folder
+    return as_set(tmp_path_factory.mktemp("sets") / "copies", np.arange(len(frames)).repeat(2))
 
 
 def test_a_set_becomes_frames_and_joins_the_real_ones(frames, copies):
-    drawn = synthetic.read_frames(copies, frames.images.shape[-1])
+    drawn = synthetic.read_frames(copies, frames.side)
     assert torch.equal(drawn.masks, frames.masks.repeat_interleave(2, 0))
     both = downstream.with_synthetic(frames, drawn, 0.5)
     counts = np.bincount(both.classes)
     assert (counts == np.round(1.5 * np.bincount(frames.classes))).all()
     assert torch.equal(both.images[: len(frames)], frames.images)
+    assert torch.equal(both.masks[: len(frames)], frames.masks)
+    assert both.table["patient"][: len(frames)].tolist() == frames.table["patient"].tolist()
     assert set(both.table["patient"][len(frames) :]).isdisjoint(frames.table["patient"])
     again, other = (downstream.with_synthetic(frames, drawn, 0.5, seed=s) for s in (0, 1))
     assert torch.equal(both.images, again.images) and not torch.equal(both.images, other.images)
@@ -72,7 +55,7 @@ def test_hausdorff_distance_is_that_of_torchmetrics_where_nothing_is_cut_off(fra
     assert (downstream.hausdorff(truth, truth) == 0).all()
 
 
-def test_errors_of_the_atrium_by_hand():
+def test_dice_and_errors_of_the_atrium_by_hand():
     truth = torch.zeros(3, 8, 8, dtype=torch.uint8)
     truth[:2, 4:, :4] = 3  # 16 pixels; the third frame has none
     read = truth.clone()
@@ -82,6 +65,9 @@ def test_errors_of_the_atrium_by_hand():
     found = downstream.atrium_errors(read, truth)
     np.testing.assert_allclose(found[:2], [[0.5, 0.75, 0], [0, 0, 0.5]])
     assert np.isnan(found[2]).all()
+    nan = np.nan
+    expected = [[0, 0, 0.4], [nan, nan, 2 / 3], [nan, nan, nan]]
+    np.testing.assert_allclose(downstream.dice(read, truth), expected, rtol=1e-6)
 
 
 def test_paper_segmenter_has_the_papers_size():
@@ -92,31 +78,75 @@ def test_paper_segmenter_has_the_papers_size():
 
 @pytest.mark.parametrize("recipe", ["tuned", "paper"])
 def test_a_run_scores_every_test_frame_and_its_curve_ends_where_the_run_ends(frames, smoke, recipe):
-    run = downstream.segmentation_run(
-        frames, frames, smoke, seed=1, recipe=recipe, steps=6, points=3, say=lambda line: None
+    run, again = (
+        downstream.segmentation_run(
+            frames, frames, smoke, seed=1, recipe=recipe, steps=6, points=points, say=str
+        )
+        for points in (3, 1)
     )
     assert [row[0] for row in run["curve"]] == [2, 4, 6] and run["frames"] == len(frames)
     np.testing.assert_allclose(run["curve"][-1][1:], np.nanmean(run["dice"], 0), atol=2e-4)
     assert np.shape(run["dice"]) == np.shape(run["hd95"]) == (len(frames), 3)
     assert set(run["ef"]) == set(frames.table["patient"])
-    again = downstream.segmentation_run(
-        frames, frames, smoke, seed=1, recipe=recipe, steps=6, points=1, say=lambda line: None
-    )
     np.testing.assert_array_equal(run["dice"], again["dice"])  # looking on changes nothing
+    with pytest.raises(DiffEchoError, match="no recipe 'raw'; choose one of tuned, paper"):
+        downstream.segmentation_run(frames, frames, smoke, recipe="raw")
+
+
+@pytest.mark.parametrize(
+    ("network", "settings"),
+    [("resnet18", {}), ("small", {"side": 32, "recipe": {"batch": 2}})],
+)
+def test_a_classification_run_scores_every_test_frame(frames, smoke, network, settings):
+    few = frames.where(np.arange(len(frames)) < 8)
+    run = downstream.classification_run(
+        few, few, smoke, network=network, steps=2, points=2, say=str, **settings
+    )
+    assert np.shape(run["probabilities"]) == (8, 4) and run["curve"][-1][0] == 2
+    np.testing.assert_allclose(np.sum(run["probabilities"], 1), 1, atol=1e-3)
+    assert run["curve"][-1][1] == pytest.approx(run["scores"]["class"]["accuracy"], abs=1e-4)
+    assert run["network"] == network and [len(row) for row in run["curve"]] == [4, 4]
+    built = downstream.classification_network(network, smoke)
+    assert run["parameters"] == models.count_parameters(built)
+    if settings:
+        assert run["side"] == 32 and run["batch"] == 2
+
+
+def test_classifiers_freeze_and_keep_their_statistics(smoke):
+    network = downstream.classification_network("resnet18", smoke)
+    network.freeze_all_but(2000)
+    left = [w.numel() for w in network.parameters() if w.requires_grad]
+    assert 2000 <= sum(left) < models.count_parameters(network) / 4
+    layers = downstream.classification_network("efficientnet-b0", smoke).modules()
+    assert {x.momentum for x in layers if isinstance(x, torch.nn.BatchNorm2d)} == {0.1}
 
 
 def run_of(dice, patients, arm="real", seed=0):
-    n = len(dice)
+    """A segmentation run with these scores."""
     return {
+        "version": downstream.RUN_VERSION,
         "task": "segmentation",
         "arm": arm,
         "seed": seed,
         "patient": patients,
-        "class": [0] * n,
+        "class": [0] * len(dice),
         "dice": [[d] * 3 for d in dice],
-        "hd95": [[1.0, 2.0, np.nan]] * n,
+        "hd95": [[1.0, 2.0, np.nan]] * len(dice),
         "ef": {"a": (50.0, 45.0), "b": (60.0, np.nan)},
         "curve": [[10, 0.2, 0.2, 0.2], [20, 0.6, 0.6, 0.6], [30, 0.5, 0.5, 0.5]],
+    }
+
+
+def answers_of(probabilities, patients, classes):
+    """A classification run with these answers."""
+    return {
+        "task": "classification",
+        "arm": "real",
+        "patient": patients,
+        "class": classes,
+        "probabilities": probabilities,
+        "scores": downstream.classification_scores(np.array(probabilities), np.array(classes)),
+        "curve": [[10, 0.4, 0.9, 0.5], [20, 0.6, 0.9, 0.7]],
     }
 
 
@@ -130,6 +160,8 @@ def test_summary_is_over_runs_and_differences_are_paired():
     assert table.loc["real", "ef_measured"] == 0.5
     gap = runs.paired_difference(more, real)
     np.testing.assert_allclose(gap, 0.1)  # the patients differ by far more than the arms
+    lost = [run | {"dice": [[np.nan] * 3, *run["dice"][1:]]} for run in more]
+    np.testing.assert_allclose(runs.paired_difference(lost, real)[:, 0], 0.8 - 0.65)
     with pytest.raises(DiffEchoError, match="different frames"):
         runs.paired_difference(more, [run_of([0.5], ["a"])])
 
@@ -138,18 +170,21 @@ def test_steps_to_a_threshold_are_read_between_the_points():
     run = run_of([0.5], ["a"])
     assert runs.steps_to(run, 0.4) == pytest.approx(15)
     assert runs.steps_to(run, 0.1) == 10 and runs.steps_to(run, 0.9) == np.inf
+    run = answers_of(np.eye(4).tolist(), list("aabb"), [0, 1, 2, 3])
+    assert runs.steps_to(run, 0.5, "class") == pytest.approx(15)
+    assert runs.steps_to(run, 0.9, "view") == 10 and runs.steps_to(run, 0.8, "phase") == np.inf
 
 
 def test_runs_of_another_version_are_named_and_left_out(tmp_path):
     facts = {"world": "phantom", "profile": "smoke", "command": "x"}
-    values = run_of([0.5], ["a"]) | {"version": downstream.RUN_VERSION}
-    folder = tmp_path / "runs"
+    values, folder = run_of([0.5], ["a"]), tmp_path / "runs"
     results.save(folder, "mine", values, **facts)
     both = {"version": downstream.RUN_VERSION, "runs": [values, values | {"seed": 7}]}
     results.save(folder, "two", both, **facts)
     results.save(folder, "old", values | {"version": 0}, **facts)
     (folder / "broken.json").write_text("{")
-    packed = results.pack(folder, tmp_path / "runs.zip")
+    packed, again = (results.pack(folder, tmp_path / name) for name in ("runs.zip", "again.zip"))
+    assert again.read_bytes() == packed.read_bytes()
     for source in (folder, packed):
         found, skipped = runs.read(source)
         assert [run["seed"] for run in found] == [0, 0, 7] and len(skipped) == 2
@@ -157,16 +192,12 @@ def test_runs_of_another_version_are_named_and_left_out(tmp_path):
         assert "phantom, profile smoke, " in runs.made(found) and "`x`" in runs.made(found)
         assert any("old.json: version 0" in line for line in skipped)
         assert any("broken.json" in line for line in skipped)
-    again = results.pack(folder, tmp_path / "again.zip")
-    assert again.read_bytes() == packed.read_bytes()
     bent = bytearray(packed.read_bytes())
     bent[bent.index(b"BZh") + 20] ^= 255
-    again.write_bytes(bent)
-    with pytest.raises(DiffEchoError, match="damaged"):
-        runs.read(again)
-    packed.write_bytes(packed.read_bytes()[:-30])
-    with pytest.raises(DiffEchoError, match="damaged"):
-        runs.read(packed)
+    for damaged in (bent, packed.read_bytes()[:-30]):
+        again.write_bytes(damaged)
+        with pytest.raises(DiffEchoError, match="damaged"):
+            runs.read(again)
     with pytest.raises(DiffEchoError, match="no such runs"):
         runs.read(tmp_path / "nothing")
     with pytest.raises(DiffEchoError, match="no record"):
@@ -176,8 +207,7 @@ def test_runs_of_another_version_are_named_and_left_out(tmp_path):
 def test_seeds_as_a_mean_with_its_ends_and_intervals_in_words():
     arms = {"real": [{"x": 0.5}, {"x": 0.9}, {"x": 0.7}], "alone": [{"x": 0.2}]}
     found = runs.over_seeds(arms, ["real", "alone"], lambda run: run["x"])
-    assert found["real"] == pytest.approx((0.7, 0.5, 0.9))
-    assert found["alone"] == (0.2, 0.2, 0.2)
+    assert found["real"] == pytest.approx((0.7, 0.5, 0.9)) and found["alone"] == (0.2, 0.2, 0.2)
     intervals = (0.1, 0.02, 0.2), (-0.1, -0.2, -0.02), (0.1, -0.1, 0.3), (0.1, 0.0, 0.2)
     words = [runs.told_apart(interval) for interval in intervals]
     assert words == ["better", "worse", "not told apart", "not told apart"]
@@ -204,19 +234,18 @@ def test_command_line_trains_with_a_set_and_refuses_one_without_maps(
     assert values["arm"] == "real + 0.5 copies" and [r["seed"] for r in values["runs"]] == [0, 1]
     assert "real + 0.5 copies" in capsys.readouterr().out
     assert [run["arm"] for run in runs.read(tmp_path)[0]] == ["real + 0.5 copies"] * 2
-    assert main([*command, "--synthetic-only"]) == 1
-    assert "name one with --synthetic" in capsys.readouterr().err
-    assert main([*command, "--test-split", "training"]) == 1
-    assert "are in the training and in the test frames" in capsys.readouterr().err
-    assert main([*command, "--patients", "100"]) == 1
-    assert "100 were asked for" in capsys.readouterr().err
-    table = synthetic.read(copies, 64)[1].assign(label_map="")
     bare = tmp_path / "bare"
     bare.mkdir()
     (bare / "images").symlink_to(copies / "images")
-    table.to_csv(bare / "metadata.csv", index=False)
-    assert main([*command, "--synthetic", str(bare)]) == 1
-    assert "have no label map and cannot teach a segmenter" in capsys.readouterr().err
+    synthetic.read(copies, 64)[1].assign(label_map="").to_csv(bare / "metadata.csv", index=False)
+    for options, message in (
+        (["--synthetic-only"], "name one with --synthetic"),
+        (["--test-split", "training"], "are in the training and in the test frames"),
+        (["--patients", "100"], "100 were asked for"),
+        (["--synthetic", str(bare)], "have no label map and cannot teach a segmenter"),
+    ):
+        assert main([*command, *options]) == 1
+        assert message in capsys.readouterr().err
     task = ["downstream", "classification", *command[2:], "--synthetic", str(bare), "--steps", "2"]
     assert main([*task, "--synthetic-only", "--no-augmentation"]) == 0
     assert "class, accuracy" in capsys.readouterr().out
@@ -231,14 +260,6 @@ def test_tested_in_another_folder(phantom_root, tmp_path, capsys):
     copy = shutil.copytree(phantom_root, tmp_path / "copy")
     assert main([*command, str(copy)]) == 1
     assert "are in the training and in the test frames" in capsys.readouterr().err
-
-
-def test_joined_frames_keep_their_order(frames):
-    first, second = frames.where(frames.classes == 0), frames.where(frames.classes == 3)
-    both = data.joined(first, second)
-    assert torch.equal(both.masks, torch.cat([first.masks, second.masks]))
-    assert both.table["patient"].tolist() == [*first.table["patient"], *second.table["patient"]]
-    assert both.classes.tolist() == [*first.classes.tolist(), *second.classes.tolist()]
 
 
 def test_classification_scores_are_scikit_learns():
@@ -259,36 +280,12 @@ def test_classification_scores_are_scikit_learns():
         assert 0 < found[name]["calibration_error"] < 1
 
 
-def test_a_classification_run_scores_every_test_frame(frames, smoke):
-    few = frames.where(np.arange(len(frames)) < 8)
-    run = downstream.classification_run(few, few, smoke, steps=2, points=1, say=lambda _: None)
-    assert np.shape(run["probabilities"]) == (8, 4) and run["curve"][-1][0] == 2
-    np.testing.assert_allclose(np.sum(run["probabilities"], 1), 1, atol=1e-3)
-    assert run["curve"][-1][1] == pytest.approx(run["scores"]["class"]["accuracy"], abs=1e-4)
-
-
-def answers_of(probabilities, patients, classes, seed=0):
-    """A classification run with these answers."""
-    scores = downstream.classification_scores(np.array(probabilities), np.array(classes))
-    return {
-        "task": "classification",
-        "arm": "real",
-        "seed": seed,
-        "patient": patients,
-        "class": classes,
-        "probabilities": probabilities,
-        "scores": scores,
-        "curve": [[10, 0.4, 0.9, 0.5], [20, 0.6, 0.9, 0.7]],
-    }
-
-
 def test_sums_of_probabilities_are_never_taken_for_logits():
     third = np.float32([[0.6, 0.4000001, 0, 0], [0, 0, 0.3, 0.7000001]])
-    view, truth = downstream.classification_questions(
-        torch.from_numpy(third), torch.tensor([1, 3])
-    )["view"]
+    pair = torch.from_numpy(third), torch.tensor([1, 3])
+    view, truth = downstream.classification_questions(*pair)["view"]
     assert view.max() <= 1 and truth.tolist() == [0, 1]
-    found = downstream.classification_scores(third, torch.tensor([1, 3]))
+    found = downstream.classification_scores(*pair)
     assert found["view"]["calibration_error"] == pytest.approx(0, abs=1e-6)
 
 
@@ -320,31 +317,3 @@ def test_reliability_sums_up_to_the_calibration_error():
     gap = (found["frames"] * (found["certainty"] - found["accuracy"]).abs()).sum() / 300
     expected = downstream.classification_scores(chances, truth)["class"]["calibration_error"]
     assert gap == pytest.approx(expected, abs=1e-6)
-
-
-def test_steps_to_an_accuracy_are_those_of_the_question_asked():
-    run = answers_of(np.eye(4).tolist(), list("aabb"), [0, 1, 2, 3])
-    assert runs.classification_steps_to(run, 0.5) == pytest.approx(15)
-    assert runs.classification_steps_to(run, 0.9, "view") == 10
-    assert runs.classification_steps_to(run, 0.8, "phase") == np.inf
-
-
-def test_small_and_frozen_classifiers_train_at_another_side(frames, smoke):
-    few = frames.where(np.arange(len(frames)) < 8)
-    settings = {"side": 32, "steps": 2, "points": 2, "recipe": {"batch": 2}}
-    run = downstream.classification_run(
-        few, few, smoke, network="small", say=lambda _: None, **settings
-    )
-    assert run["side"] == 32 and run["batch"] == 2 and run["network"] == "small"
-    assert run["parameters"] == models.count_parameters(models.build_classifier(smoke))
-    assert [len(row) for row in run["curve"]] == [4, 4]
-    network = downstream.classification_network("resnet18", smoke)
-    network.freeze_all_but(2000)
-    left = [w.numel() for w in network.parameters() if w.requires_grad]
-    assert 2000 <= sum(left) < models.count_parameters(network) / 4
-    momenta = {
-        layer.momentum
-        for layer in downstream.classification_network("efficientnet-b0", smoke).modules()
-        if isinstance(layer, torch.nn.BatchNorm2d)
-    }
-    assert momenta == {0.1}

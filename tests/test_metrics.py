@@ -4,45 +4,51 @@ import json
 import time
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from safetensors.numpy import load_file
+from scipy.stats import binomtest
 from sklearn.metrics.pairwise import polynomial_kernel
 from torchmetrics.image.fid import FrechetInceptionDistance
-from torchmetrics.image.kid import poly_mmd
 
-from diffecho_utils import (
-    DiffEchoError,
-    anatomy,
-    assets,
-    camus,
-    checkpoints,
-    metrics,
-    models,
-    synthetic,
-)
+from diffecho_utils import DiffEchoError, assets, camus, checkpoints, metrics, models, synthetic
 from diffecho_utils.__main__ import main
+
+
+@pytest.fixture(scope="module")
+def real():
+    """The shipped features of CAMUS's frames (chapter 03): a dict of arrays, features in float64."""
+    arrays = load_file(assets.features("camus", "cpu", "03_features"))
+    return arrays | {"features": arrays["features"].astype(float)}
 
 
 class Features(torch.nn.Module):
     """Hands features through, so that torchmetrics computes on the same numbers."""
 
-    num_features = 6
+    def __init__(self, size):
+        super().__init__()
+        self.num_features = size
 
     def forward(self, features):
         return features
 
 
-@pytest.mark.parametrize("sizes", [(300, 500), (7, 8), (4, 400)])
-def test_frechet_distance_agrees_with_torchmetrics(sizes):
-    rng = np.random.default_rng(0)
-    a, b = (rng.normal(size=(n, 6)) @ rng.normal(size=(6, 6)) + rng.normal(size=6) for n in sizes)
-    fid = FrechetInceptionDistance(feature=Features(), normalize=False)
+def theirs(a, b):
+    """torchmetrics' Frechet distance."""
+    fid = FrechetInceptionDistance(feature=Features(a.shape[1]), normalize=False)
     fid.set_dtype(torch.float64)
     fid.update(torch.from_numpy(a), real=True)
     fid.update(torch.from_numpy(b), real=False)
-    assert metrics.frechet_distance(a, b) == pytest.approx(fid.compute().item(), rel=1e-4, abs=1e-4)
+    return fid.compute().item()
+
+
+def test_frechet_distance_agrees_with_torchmetrics(real):
+    rng = np.random.default_rng(0)
+    for sizes in ((300, 500), (7, 8), (4, 400)):
+        a, b = (rng.normal(size=(n, 6)) @ rng.normal(size=(6, 6)) + 1 for n in sizes)
+        assert metrics.frechet_distance(a, b) == pytest.approx(theirs(a, b), rel=1e-4, abs=1e-4)
+    a, b = (real["features"][real["split"] == split][:, :64] for split in (1, 0))
+    assert metrics.frechet_distance(a, b) == pytest.approx(theirs(a, b), rel=1e-6)
 
 
 def test_frechet_distance_closed_forms():
@@ -56,6 +62,19 @@ def test_frechet_distance_closed_forms():
     for bad in ((a[:1], a), (a, a[:, :5]), (a[0], a[0])):
         with pytest.raises(DiffEchoError, match="needs"):
             metrics.frechet_distance(*bad)
+    a[7, 1] = np.nan
+    with pytest.raises(DiffEchoError, match="1 of 50 images are not finite .first: row 7"):
+        metrics.frechet_distance(a, a)
+
+
+@pytest.mark.parametrize("sizes", [(30, 20), (8, 500), (300, 200)])
+def test_a_fitted_reference_changes_nothing(sizes):
+    rng = np.random.default_rng(4)
+    a, b = (rng.normal(size=(n, 12)) * scale + scale for n, scale in zip(sizes, (1, 2)))  # noqa: B905
+    kept = metrics.fitted(b)
+    assert metrics.frechet_distance(a, kept) == metrics.frechet_distance(a, b)
+    np.testing.assert_allclose(kept.root.T @ kept.root, np.cov(b.T), atol=1e-12)
+    assert metrics.frechet_at_infinity(a, kept) == metrics.frechet_at_infinity(a, b)
 
 
 def test_extrapolation_removes_most_of_the_bias():
@@ -72,6 +91,28 @@ def test_bootstrap_resamples_whole_patients():
     by_frame = metrics.bootstrap_interval(lambda r: values[r].mean(), np.arange(100))
     assert by_patient[0] < values.mean() < by_patient[1]
     assert np.ptp(by_patient) > 1.6 * np.ptp(by_frame)
+    gaps = [*values, np.nan]
+    assert metrics.mean_interval(gaps, [*groups, 7]) == (values.mean(), *by_patient)
+
+
+def test_bootstrap_of_an_array_over_runs_too():
+    table = np.random.default_rng(1).normal(size=(4, 30, 2))  # runs, patients, scores
+
+    def mean(rows, runs):
+        return table[runs][:, rows].mean((0, 1))
+
+    plain = metrics.bootstrap_interval(mean, range(30), 500, [4], centred=False)
+    centred = metrics.bootstrap_interval(mean, range(30), 500, [4])
+    assert np.shape(plain) == np.shape(centred) == (2, 2)
+    np.testing.assert_allclose(np.diff(plain, axis=0), np.diff(centred, axis=0))
+    fixed = metrics.bootstrap_interval(lambda r: mean(r, slice(None)), range(30), 500)
+    assert (np.diff(centred, axis=0) > np.diff(fixed, axis=0)).all()  # runs differ, too
+
+
+def test_interval_of_a_share_is_wilsons():
+    hits = np.arange(40) < 3
+    low, high = binomtest(3, 40).proportion_ci(method="wilson")
+    assert metrics.share_interval(hits) == pytest.approx((3 / 40, low, high), rel=1e-4)
 
 
 def test_interval_of_a_biased_statistic_is_around_its_estimate_and_not_too_narrow():
@@ -99,11 +140,14 @@ def test_psnr_and_ms_ssim_by_hand(frames):
         assert metrics.ms_ssim(picture, picture).item() == pytest.approx(1)
 
 
-def test_spectrum_finds_a_wave():
+def test_spectra_find_a_wave():
     columns = torch.arange(128.0)
     wave = torch.sin(2 * torch.pi * 0.25 * columns).expand(2, 1, 128, 128)
     frequencies, power = metrics.radial_spectrum(wave)
     assert frequencies[power.argmax()] == pytest.approx(0.25, abs=0.01)
+    sideways, along_depth = metrics.power_by_direction(wave), metrics.power_by_direction(wave.mT)
+    assert sideways.shape == (2, 18) and set(sideways.argmax(1)) <= {0, 17}
+    assert set(along_depth.argmax(1)) <= {8, 9}
 
 
 def test_high_frequencies_are_what_a_blur_removes():
@@ -123,99 +167,20 @@ def test_region_means_by_hand():
     torch.testing.assert_close(means, torch.tensor(expected), equal_nan=True)
 
 
-def test_panel_separates_what_is_far_from_real_frames(frames, smoke):
-    torch.manual_seed(0)
-    vae = models.build_autoencoder(smoke).eval()
-    classes, patients = frames.classes.numpy(), frames.table["patient"].to_numpy()
-    real = metrics.features(vae, frames.images)
-    assert real.shape == (40, 64)
-    far = real + 1.0
-    half = np.isin(patients, np.unique(patients)[:5])
-    panel = metrics.distance_panel(
-        far, classes, real[half], classes[half], real[~half], classes[~half], patients[~half]
-    )
-    assert panel.index.tolist() == ["2CH-ED", "2CH-ES", "4CH-ED", "4CH-ES", "all"]
-    assert (panel["distance"] > panel["floor"]).all() and (panel["low"] <= panel["high"]).all()
-    with pytest.raises(DiffEchoError, match=r"2CH-ED: a Frechet distance needs 4 .*'generated': 3"):
-        metrics.distance_panel(
-            far[:12], classes[:12], real, classes, real, classes, patients
-        )  # fmt: skip
-    assert panel["n"].tolist() == [10] * 4 + [40] and panel["floor_n"].tolist() == [5] * 4 + [20]
-
-
 def test_nearest_by_hand():
-    a, b = (
-        torch.tensor([[0.0, 0.0], [3.0, 4.0]]),
-        torch.tensor([[3.0, 4.0], [6.0, 8.0], [0.0, 2.0]]),
-    )
+    a = torch.tensor([[0.0, 0.0], [3.0, 4.0]])
+    b = torch.tensor([[3.0, 4.0], [6.0, 8.0], [0.0, 2.0]])
     assert metrics.nearest(a, b) == pytest.approx([2 / 2**0.5, 0])
     assert metrics.nearest(a.view(2, 1, 2, 1), b.view(3, 1, 2, 1)) == pytest.approx([2 / 2**0.5, 0])
 
 
-@pytest.fixture(scope="module")
-def real():
-    """The shipped features of CAMUS's frames (chapter 03): a dict of arrays, features in float64."""
-    arrays = load_file(assets.features("camus", "cpu", "03_features"))
-    return arrays | {"features": arrays["features"].astype(float)}
-
-
-def panel_arguments(real, images, classes):
-    """What the panels take: these features against the shipped training and validation frames."""
-    known = real["split"] == 0
-    of = [(real["features"][rows], real["classes"][rows]) for rows in (known, ~known)]
-    return images, classes, *of[0], *of[1], real["patient"][~known]
-
-
-def test_shipped_features_give_what_torchmetrics_gives_to_six_digits(real):
-    known = real["split"] == 0
-    a, b = real["features"][~known][:, :64], real["features"][known][:, :64]
-    features = Features()
-    features.num_features = 64
-    fid = FrechetInceptionDistance(feature=features, normalize=False)
-    fid.set_dtype(torch.float64)
-    fid.update(torch.from_numpy(b), real=True)
-    fid.update(torch.from_numpy(a), real=False)
-    assert metrics.frechet_distance(a, b) == pytest.approx(fid.compute().item(), rel=1e-6)
-
-
-def test_a_fitted_reference_changes_nothing():
-    rng = np.random.default_rng(4)
-    for n, m in ((30, 20), (8, 500), (300, 200)):
-        a, b = rng.normal(size=(n, 12)), 2 * rng.normal(size=(m, 12)) + 1
-        plain = metrics.frechet_distance(a, b)
-        assert metrics.frechet_distance(a, metrics.fitted(b)) == plain
-        kept = metrics.fitted(b)
-        np.testing.assert_allclose(kept.root.T @ kept.root, np.cov(b.T), atol=1e-12)
-        assert metrics.frechet_at_infinity(a, kept) == metrics.frechet_at_infinity(a, b)
-    broken = rng.normal(size=(20, 3))
-    broken[7, 1] = np.nan
-    with pytest.raises(DiffEchoError, match="1 of 20 images are not finite .first: row 7"):
-        metrics.frechet_distance(broken, rng.normal(size=(20, 3)))
-
-
-def test_distance_panel_is_what_earlier_chapters_recorded(real):
-    """The floor of chapter 03's record, from the features that it shipped."""
-    rows = real["split"] == 1
-    found = metrics.distance_panel(
-        *panel_arguments(real, real["features"][rows], real["classes"][rows])
-    )
-    path = assets.record("camus", "cpu", "03_unconditional")
-    recorded = json.loads(path.read_text())["values"]["panel"]
-    for name in found.index:
-        for column in ("floor_n", "floor", "floor_low", "floor_high"):
-            assert found.loc[name, column] == pytest.approx(recorded[name][column], rel=1e-4)
-
-
-def test_kernel_distance_agrees_with_torchmetrics_and_scikit_learn():
+def test_kernel_distance_agrees_with_scikit_learn():
     rng = np.random.default_rng(5)
-    a, b = rng.normal(size=(40, 7)), 1.3 * rng.normal(size=(40, 7)) + 0.2
-    theirs = poly_mmd(torch.from_numpy(b), torch.from_numpy(a)).item()
-    assert metrics.kernel_distance(a, b) == pytest.approx(theirs, rel=1e-9)
-    within, across = polynomial_kernel(b, degree=3), polynomial_kernel(a[:25], b, degree=3)
-    pairs = [polynomial_kernel(a[:25], degree=3), within]
-    means = [(k.sum() - np.trace(k)) / (len(k) * (len(k) - 1)) for k in pairs]
-    expected = sum(means) - 2 * across.mean()
-    assert metrics.kernel_distance(a[:25], b) == pytest.approx(expected, rel=1e-9)
+    a, b = rng.normal(size=(25, 7)), 1.3 * rng.normal(size=(40, 7)) + 0.2
+    within = [polynomial_kernel(x, degree=3) for x in (a, b)]
+    means = [(k.sum() - np.trace(k)) / (len(k) * (len(k) - 1)) for k in within]
+    expected = sum(means) - 2 * polynomial_kernel(a, b, degree=3).mean()
+    assert metrics.kernel_distance(a, b) == pytest.approx(expected, rel=1e-9)
     with pytest.raises(DiffEchoError, match="a kernel distance .* at least 2 images"):
         metrics.kernel_distance(a[:1], b)
 
@@ -243,61 +208,66 @@ def test_precision_recall_density_coverage_are_the_published_implementations(k, 
         metrics.manifold_scores(a[:k], b, k)
 
 
-def test_scores_tell_a_lost_mode_from_a_stray():
-    rng = np.random.default_rng(7)
-    b = np.concatenate([rng.normal(size=(100, 2)), rng.normal(size=(100, 2)) + 20])
-    one_mode, strays = rng.normal(size=(100, 2)), b + [0, 10]
-    lost = metrics.manifold_scores(one_mode, b)
-    assert lost["precision"] > 0.9 and lost["recall"] < 0.6 and lost["coverage"] < 0.6
-    assert metrics.manifold_scores(strays, b)["precision"] < 0.05
+def panel_of(real, rows):
+    """The panel of these shipped features against the training and the validation frames'."""
+    known, features, classes = real["split"] == 0, real["features"], real["classes"]
+    of_real = [x for part in (known, ~known) for x in (features[part], classes[part])]
+    return metrics.panel(features[rows], classes[rows], *of_real, real["patient"][~known])
 
 
 def test_panel_of_eight_hundred_images(real):
     """All scores in a minute on two cores; a copy of training frames is found out."""
     known = np.flatnonzero(real["split"] == 0)
     rng = np.random.default_rng(8)
-    copied = np.concatenate(
-        [rng.choice(known[real["classes"][known] == c], 200, replace=False) for c in range(4)]
-    )
-    images, classes = real["features"][copied], real["classes"][copied]
+    copied = [rng.choice(known[real["classes"][known] == c], 200, replace=False) for c in range(4)]
     started = time.process_time()
-    table = metrics.panel(*panel_arguments(real, images, classes))
+    table = panel_of(real, np.concatenate(copied))
     assert time.process_time() - started < 120  # processor seconds: a minute of two cores
+    assert table.index.tolist() == ["2CH-ED", "2CH-ES", "4CH-ED", "4CH-ES", "all"]
+    assert table["n"].tolist() == [200] * 4 + [800] and (table["low"] <= table["high"]).all()
     assert (table["distance"] < table["floor"]).all()  # a good distance,
     assert (table["nearest"] < 1e-6).all() and (table["nearest_floor"] > 0.01).all()  # for copies
-    plain = metrics.distance_panel(*panel_arguments(real, images, classes))
-    assert table[plain.columns].equals(plain)
     for name in ("kernel", "precision", "recall", "density", "coverage"):
         assert table[[name, f"{name}_floor"]].notna().all(axis=None)
+    path = assets.record("camus", "cpu", "03_unconditional")
+    recorded = json.loads(path.read_text())["values"]["panel"]
+    for name in table.index:
+        for column in ("floor_n", "floor", "floor_low", "floor_high"):
+            assert table.loc[name, column] == pytest.approx(recorded[name][column], rel=1e-4)
 
 
-def test_panel_leaves_out_what_a_class_is_too_small_for(real):
+def test_panel_of_few_images(real):
     rows = np.flatnonzero(real["split"] == 1)
-    few = np.concatenate([rows[real["classes"][rows] == c][: 5 if c else 20] for c in range(4)])
-    table = metrics.panel(*panel_arguments(real, real["features"][few], real["classes"][few]))
+    of = [rows[real["classes"][rows] == c] for c in range(4)]
+    table = panel_of(real, np.concatenate([of[0][:20], *(part[:5] for part in of[1:])]))
     assert table["precision"].notna().tolist() == [True, False, False, False, True]
     assert table["precision_floor"].notna().all() and table["kernel"].notna().all()
+    with pytest.raises(DiffEchoError, match=r"2CH-ED: a Frechet distance needs 4 .*'generated': 3"):
+        panel_of(real, of[0][:3])
+
+
+def test_features_are_a_raster_of_the_latents(frames, smoke):
+    torch.manual_seed(0)
+    vae = models.build_autoencoder(smoke).eval()
+    assert metrics.features(vae, frames.images).shape == (40, 64)
+    with torch.no_grad():
+        means = vae.encode(frames.images[:2]).latent_dist.mean.mean((2, 3))
+    scaled = means * vae.config.scaling_factor
+    np.testing.assert_allclose(metrics.features(vae, frames.images[:2], 1), scaled, rtol=1e-4)
 
 
 def test_hook_hears_what_the_last_layer_is_given(frames):
     classifier = checkpoints.load_network(assets.checkpoint("camus", "classifier"))
-    found = metrics.network_features(classifier, frames.images[:10], batch=4)
-    assert found.shape == (10, 128) and found.dtype == np.float64
+    images, calls = frames.images[:33].repeat(2, 1, 1, 1), []
+    counting = classifier.register_forward_hook(lambda *_: calls.append(1))
+    found = metrics.network_features(classifier, images)
+    counting.remove()
+    assert found.shape == (66, 128) and found.dtype == np.float64
+    assert len(calls) == 2  # one pass, of 64 at a time
     with torch.no_grad():
         logits = classifier.network.fc(torch.from_numpy(found).float())
-        torch.testing.assert_close(logits, classifier(frames.images[:10]))
+        torch.testing.assert_close(logits, classifier(images))
     assert not classifier.network.fc._forward_pre_hooks
-
-    def seconds(call):
-        started = time.process_time()
-        call()
-        return time.process_time() - started
-
-    images = frames.images.repeat(5, 1, 1, 1)
-    with torch.no_grad():
-        alone = min(seconds(lambda: [classifier(x) for x in images.split(64)]) for _ in range(5))
-    ours = min(seconds(lambda: metrics.network_features(classifier, images)) for _ in range(5))
-    assert ours < 1.2 * alone
 
 
 def test_vectors_of_clip_are_its_image_embeddings(frames):
@@ -322,9 +292,8 @@ class StandIn(torch.nn.Module):
 def test_inception_from_a_local_file(frames, tmp_path):
     path = tmp_path / "stand-in.pt"
     torch.jit.script(StandIn()).save(path)
-    images = frames.images[:5]
-    found = metrics.inception_features(metrics.load_inception(path), images, batch=2)
-    grey = ((images + 1) * 127.5).round().mean((1, 2, 3)).numpy()
+    found = metrics.inception_features(metrics.load_inception(path), frames.images)
+    grey = ((frames.images + 1) * 127.5).round().mean((1, 2, 3)).numpy()
     np.testing.assert_allclose(found, np.repeat(grey[:, None], 3, axis=1), rtol=1e-5)
     path.write_bytes(b"no network")
     with pytest.raises(DiffEchoError, match="stand-in.pt: no TorchScript file"):
@@ -369,34 +338,6 @@ def test_self_similarity(frames):
     assert metrics.self_similarity(frames.images[:6], pairs=3, seed=1) != pytest.approx(different)
 
 
-def test_spoilt_frames(frames):
-    images = frames.images[:6]
-    changed = metrics.spoilt(images)
-    assert all(x.shape == images.shape and x.abs().max() <= 1 for x in changed.values())
-    away = {name: (x - images).abs().max().item() for name, x in changed.items()}
-    assert away["as they are"] == 0 and away["8 bits"] == away["grey, colour, grey"] <= 1 / 255
-    coarse, fine = ((changed[f"JPEG, quality {q}"] - images).square().mean() for q in (25, 75))
-    assert coarse > fine > 0
-    full = changed["stretched to full range"].flatten(1)
-    torch.testing.assert_close(full.amin(1), -torch.ones(6))
-    torch.testing.assert_close(full.amax(1), torch.ones(6))
-    mirrored = changed["every second one mirrored"]
-    assert torch.equal(mirrored[::2], images[::2])
-    assert torch.equal(mirrored[1::2], images[1::2].flip(-1))
-
-
-def test_ejection_fractions_of_other_label_maps(frames):
-    asked = metrics.ejection_fractions(frames, frames.masks)
-    direct = anatomy.patients_ef(frames).set_index("patient")["ef"]
-    assert asked.to_dict() == pytest.approx(direct.to_dict())
-    lost = frames.masks.clone()
-    rows = (frames.table["patient"] == asked.index[3]).to_numpy()
-    lost[rows] = 0
-    read = metrics.ejection_fractions(frames, lost)
-    assert read.isna().tolist() == [i == 3 for i in range(10)]
-    pd.testing.assert_series_equal(read.drop(asked.index[3]), asked.drop(asked.index[3]))
-
-
 def test_images_that_say_nothing_are_refused(frames):
     images = frames.images[:4].clone()
     metrics.check_images(images)
@@ -411,35 +352,29 @@ def test_images_that_say_nothing_are_refused(frames):
 
 
 @pytest.fixture
-def drawn_set(frames, tmp_path):
-    """A set of ten images a class with label maps, as `sample` writes them: frames of the phantom."""
-    order = np.argsort(frames.classes.numpy(), kind="stable")
-    folder, lines = tmp_path / "set", ["file_name,view,phase,prompt,seed,label_map"]
-    (folder / "label_maps").mkdir(parents=True)
-    (folder / "images").mkdir()
-    for i, row in enumerate(order):
-        synthetic.save_image(frames.images[row], folder / f"images/{i}.png")
-        synthetic.save_grey(frames.masks[row].numpy(), folder / f"label_maps/{i}.png")
-        view, phase = camus.CLASSES[frames.classes[row]]
-        lines.append(f"images/{i}.png,{view},{phase},,{i},label_maps/{i}.png")
-    (folder / "metadata.csv").write_text("\n".join(lines) + "\n")
-    return folder
+def drawn_set(frames, as_set, tmp_path):
+    """Ten images a class with label maps, one class after the other."""
+    return as_set(tmp_path / "set", np.argsort(frames.classes.numpy(), kind="stable"))
 
 
-def evaluate(folder, root, *more):
-    lists = root / "database_split"
-    patients = sorted(p.name for p in (root / "database_nifti").iterdir())
+@pytest.fixture
+def evaluate(drawn_set, broken_root):
+    """`evaluate` of that set, with options, on six training and four validation patients: exit status."""
+    patients = sorted(p.name for p in (broken_root / "database_nifti").iterdir())
     for name, part in (("training", patients[:6]), ("validation", patients[6:])):
-        (lists / f"subgroup_{name}.txt").write_text("\n".join(part) + "\n")
-    (lists / "subgroup_testing.txt").unlink(missing_ok=True)
-    given = ["--data", str(root), "--profile", "smoke", *map(str, more)]
-    return main(["evaluate", str(folder), *given])
+        path = broken_root / f"database_split/subgroup_{name}.txt"
+        path.write_text("\n".join(part) + "\n")
+    (broken_root / "database_split/subgroup_testing.txt").unlink(missing_ok=True)
+    given = ["evaluate", str(drawn_set), "--data", str(broken_root), "--profile", "smoke"]
+    return lambda *more: main([*given, *map(str, more)])
 
 
-def test_evaluate_prints_writes_and_draws(drawn_set, broken_root, tmp_path, capsys):
-    paths = [tmp_path / "made" / name for name in ("report.json", "panel.png")]
-    more = ["--features", "classifier", "--json", paths[0], "--figure", paths[1]]
-    assert evaluate(drawn_set, broken_root, *more) == 0
+def test_evaluate_prints_writes_draws_and_sees_maps_of_other_images(
+    evaluate, drawn_set, tmp_path, capsys
+):
+    paths = [tmp_path / "made" / name for name in ("report.json", "panel.png", "wrong.json")]
+    features = ["--features", "classifier"]
+    assert evaluate(*features, "--json", paths[0], "--figure", paths[1]) == 0
     printed = capsys.readouterr().out
     values = json.loads(paths[0].read_text())["values"]
     assert list(values) == [*camus.CLASS_NAMES, "all"]
@@ -449,52 +384,40 @@ def test_evaluate_prints_writes_and_draws(drawn_set, broken_root, tmp_path, caps
     assert values["all"]["nearest"] < 0.01  # six of its ten patients are the training patients
     assert "40 images, features of the classifier" in printed
     assert paths[1].read_bytes().startswith(b"\x89PNG")
-    assert evaluate(drawn_set, broken_root, "--figure", tmp_path / "panel.xyz") == 1
+    assert evaluate("--figure", tmp_path / "panel.xyz") == 1
     assert "panel.xyz: a figure ends in one of .png" in capsys.readouterr().err
-
-
-def refused(drawn_set, root, capsys, *more):
-    assert evaluate(drawn_set, root, *more) == 1
-    return capsys.readouterr().err
-
-
-def test_evaluate_refuses_what_it_cannot_judge(drawn_set, broken_root, capsys):
-    metadata = drawn_set / "metadata.csv"
-    lines = metadata.read_text().splitlines()
-    metadata.write_text("\n".join(lines[:4] + lines[11:]) + "\n")  # three of class 2CH-ED
-    message = refused(drawn_set, broken_root, capsys)
-    assert "2CH-ED: a Frechet distance needs 4 images of each" in message
-    assert "'generated': 3" in message
-    metadata.write_text("\n".join(lines) + "\n")
-    message = refused(drawn_set, broken_root, capsys, "--split", "testing")
-    assert "split=testing" in message and "{'training': 6, 'validation': 4}" in message
-    (drawn_set / "label_maps/3.png").unlink()
-    message = refused(drawn_set, broken_root, capsys)
-    assert "label_maps/3.png: label map named in metadata.csv" in message
-    grey = torch.full((1, 64, 64), 0.3)
-    synthetic.save_image(grey, drawn_set / "images/4.png")
-    message = refused(drawn_set, broken_root, capsys)
-    assert "1 of 40 images are of one grey value" in message and "images/4.png" in message
-    synthetic.save_image(torch.rand(1, 32, 32), drawn_set / "images/4.png")
-    message = refused(drawn_set, broken_root, capsys)
-    assert "images of several sizes (images/0.png 64 x 64, images/4.png 32 x 32)" in message
-    metadata.write_text("\n".join([*lines, "images/90.png,2CH,ED,,0,", "images/91.png,2CH,ED,,0,"]))
-    assert "2 of the 42 images it names are missing (first: images/90" in refused(
-        drawn_set, broken_root, capsys
-    )
-    metadata.write_text("\n".join([*lines, "images/0.png,3CH,ED,,0,"]))
-    assert "view and phase [('3CH', 'ED')]" in refused(drawn_set, broken_root, capsys)
-
-
-def test_label_drawn_elsewhere_is_seen(drawn_set, broken_root, tmp_path):
-    """Dice falls when the label maps are those of other images."""
-    reports = [tmp_path / "right.json", tmp_path / "wrong.json"]
-    assert evaluate(drawn_set, broken_root, "--json", reports[0]) == 0
     for i in range(5):
         one, other = (drawn_set / f"label_maps/{k}.png" for k in (i, 30 + i))
         pixels = one.read_bytes()
         one.write_bytes(other.read_bytes())
         other.write_bytes(pixels)
-    assert evaluate(drawn_set, broken_root, "--json", reports[1]) == 0
-    right, wrong = (json.loads(p.read_text())["values"]["2CH-ED"]["dice"] for p in reports)
-    assert wrong < right
+    assert evaluate(*features, "--json", paths[2]) == 0
+    wrong = json.loads(paths[2].read_text())["values"]
+    assert wrong["2CH-ED"]["dice"] < values["2CH-ED"]["dice"]
+
+
+def test_evaluate_refuses_what_it_cannot_judge(evaluate, drawn_set, capsys):
+    metadata = drawn_set / "metadata.csv"
+    lines = metadata.read_text().splitlines()
+
+    def refused(lines=lines, *more):
+        metadata.write_text("\n".join(lines) + "\n")
+        assert evaluate(*more) == 1
+        return capsys.readouterr().err
+
+    message = refused(lines[:4] + lines[11:])  # three of class 2CH-ED
+    assert "2CH-ED: a Frechet distance needs 4 images of each" in message
+    assert "'generated': 3" in message
+    message = refused(lines, "--split", "testing")
+    assert "split=testing" in message and "{'training': 6, 'validation': 4}" in message
+    (drawn_set / "label_maps/3.png").unlink()
+    assert "label_maps/3.png: label map named in metadata.csv" in refused()
+    synthetic.save_image(torch.full((1, 64, 64), 0.3), drawn_set / "images/4.png")
+    message = refused()
+    assert "1 of 40 images are of one grey value" in message and "images/4.png" in message
+    synthetic.save_image(torch.rand(1, 32, 32), drawn_set / "images/4.png")
+    message = refused()
+    assert "images of several sizes (images/0.png 64 x 64, images/4.png 32 x 32)" in message
+    message = refused([*lines, "images/90.png,2CH,ED,,0,", "images/91.png,2CH,ED,,0,"])
+    assert "2 of the 42 images it names are missing (first: images/90" in message
+    assert "view and phase [('3CH', 'ED')]" in refused([*lines, "images/0.png,3CH,ED,,0,"])
