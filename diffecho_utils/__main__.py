@@ -405,7 +405,7 @@ def _official(path):
 def _progress(unit):
     """A progress function for terminals: one line, rewritten; silent elsewhere but for the end."""
 
-    def progress(done, total):
+    def progress(done, total, unit=unit):
         if sys.stderr.isatty():
             print(
                 f"\r{done}/{total} {unit}",
