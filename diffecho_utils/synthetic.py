@@ -39,7 +39,7 @@ _TERMS = {
 }
 
 
-def plan(model, count, frames=None, template=None, classes=range(len(camus.CLASSES))):
+def plan(model, count, frames=None, template=None, classes=(0, 1, 2, 3)):
     """What to draw: (table, masks) for `count` images of each of `classes`, indices into `camus.CLASSES`.
 
     table: view, phase and prompt of each image ("" for generators that read none); template: of the
