@@ -49,20 +49,18 @@ def from_scratch(model, table, profile, progress=print):
     for each set of patients: interrupted, it goes on when called again; done, it is only named.
     """
     rows = camus.select(table, "training", patients=profile.patients)
+    kept, cache = assets.workspace() / "trained", assets.workspace() / "cache"
     patients = hashlib.sha256("\n".join([table.attrs["root"], *rows["patient"]]).encode())
-    name = f"{table.attrs['world']}-{profile.name}-{patients.hexdigest()[:8]}"
-    folder, cache = assets.workspace() / "trained" / name / model, assets.workspace() / "cache"
+    folder = kept / f"{table.attrs['world']}-{profile.name}-{patients.hexdigest()[:8]}" / model
     if (folder / "training.json").exists():
         return folder
     needs = {name: assets.checkpoint("camus", name) for name in training.builds_on(model, profile)}
-    if needs:  # the geometry of the frames that the shipped networks learned from
-        shipped = checkpoints.load_generator(assets.checkpoint("camus", model))
-        latent_channels, *_ = shipped.latent_shape
-        sizes = {"side": shipped.side, "stretched": shipped.stretched}
-        profile = replace(profile, latent_channels=latent_channels, **sizes)
-    if "clip" in needs:
-        width = checkpoints.load_clip(needs["clip"])[0].config.text_config.hidden_size
-        profile = replace(profile, clip_width=width)
+    if needs:  # the sizes of what the shipped networks learned from
+        like = checkpoints.load_generator(assets.checkpoint("camus", model))
+        channels, *_ = like.latent_shape
+        width = like.text.model.config.hidden_size if like.text else profile.clip_width
+        sizes = {"latent_channels": channels, "clip_width": width}
+        profile = replace(profile, side=like.side, stretched=like.stretched, **sizes)
     training.train(
         model,
         data.load_frames(rows, profile, cache_dir=cache),

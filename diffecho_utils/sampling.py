@@ -5,15 +5,9 @@ Chapters 03 to 07.
 
 import inspect
 
+import diffusers
 import numpy as np
 import torch
-from diffusers import (
-    DDIMScheduler,
-    DDPMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerDiscreteScheduler,
-    UniPCMultistepScheduler,
-)
 
 from diffecho_utils import DiffEchoError, camus, data, prompts
 
@@ -30,11 +24,11 @@ DRAWING_PROMPTS = {"text": "paper", "text-seg": "paper-seg"}
 
 # Chapter 07 writes each of them by hand; build one by `.from_config(generator.scheduler.config)`.
 SOLVERS = {
-    "DDPM": DDPMScheduler,
-    "DDIM": DDIMScheduler,
-    "Euler": EulerDiscreteScheduler,
-    "DPM-Solver++": DPMSolverMultistepScheduler,
-    "UniPC": UniPCMultistepScheduler,
+    "DDPM": diffusers.DDPMScheduler,
+    "DDIM": diffusers.DDIMScheduler,
+    "Euler": diffusers.EulerDiscreteScheduler,
+    "DPM-Solver++": diffusers.DPMSolverMultistepScheduler,
+    "UniPC": diffusers.UniPCMultistepScheduler,
 }
 
 
@@ -65,7 +59,7 @@ def sample(
     """
     low, high = check(generator, len(seeds), guidance, guidance_interval, conditions)
     if scheduler is None:
-        scheduler = DPMSolverMultistepScheduler.from_config(generator.scheduler.config)
+        scheduler = SOLVERS["DPM-Solver++"].from_config(generator.scheduler.config)
     draws = "generator" in inspect.signature(scheduler.step).parameters
     device = next(generator.denoiser.parameters()).device
     images = []

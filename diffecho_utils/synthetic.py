@@ -14,16 +14,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from PIL import Image
 
-from diffecho_utils import (
-    DiffEchoError,
-    camus,
-    data,
-    files,
-    models,
-    prompts,
-    results,
-    sampling,
-)
+from diffecho_utils import DiffEchoError, camus, data, files, models, prompts, results, sampling
 
 METADATA = ["file_name", "view", "phase", "prompt", "seed", "label_map"]
 CARD = Path(__file__).with_name("card.md")
@@ -234,11 +225,7 @@ def _card(described):
     """README.md of a synthetic set: what it is, how it was made, what it must not be used for."""
     settings, counts = described["settings"], described["counts"]
     worlds = {settings.get("world"), settings.get("masks_world")} - {None}
-    world = "other"
-    if "camus" in worlds:
-        world = "camus"
-    elif worlds == {"phantom"}:
-        world = "phantom"
+    world = "camus" if "camus" in worlds else "phantom" if worlds == {"phantom"} else "other"
     licence = results.LICENCES.get(world, "Other")
     facts = {
         "licence": licence.lower(),
