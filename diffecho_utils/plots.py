@@ -184,7 +184,7 @@ def intervals(values, xlabel, *, floor=None, size=(5.0, None)):
     floors = floor if isinstance(floor, dict) else dict.fromkeys(values, floor)
     for row, (name, (value, low, high)) in enumerate(values.items()):
         if floors[name] is not None:
-            label = None if row else "real against real"
+            label = None if axis.collections else "real against real"
             axis.fill_betweenx([row - 0.5, row + 0.5], *floors[name], label=label, **_BAND)
         axis.plot([low, high], [row, row], color=SERIES_COLOURS[0], lw=2)
         axis.plot(value, row, "o", color=SERIES_COLOURS[0])

@@ -17,7 +17,7 @@ from PIL import Image
 from diffecho_utils import DiffEchoError, camus, data, files, models, prompts, results, sampling
 
 METADATA = ["file_name", "view", "phase", "prompt", "seed", "label_map"]
-CARD = Path(__file__).with_name("card.md")
+_CARD = Path(__file__).with_name("card.md")
 
 # Of the data that a set derives from, for its card; what it says of data of unknown terms.
 _TERMS = {
@@ -217,12 +217,13 @@ def _finish(folder, metadata):
             f"{folder}: {len(lost)} of {len(metadata)} images are missing (first: "
             f"{metadata['file_name'][min(lost)]}); was one of the processes stopped? Sample again"
         )
-    files.write_text(folder / "README.md", _card(_described(folder)))
+    files.write_text(folder / "README.md", card(folder))
     files.write_text(folder / "metadata.csv", metadata.to_csv(index=False))
 
 
-def _card(described):
+def card(folder):
     """README.md of a synthetic set: what it is, how it was made, what it must not be used for."""
+    described = _described(folder)
     settings, counts = described["settings"], described["counts"]
     worlds = {settings.get("world"), settings.get("masks_world")} - {None}
     world = "camus" if "camus" in worlds else "phantom" if worlds == {"phantom"} else "other"
@@ -236,7 +237,7 @@ def _card(described):
     }
     for name in ("counts", "settings"):
         facts[name] = "\n".join(f"| {key} | {value} |" for key, value in described[name].items())
-    return CARD.read_text().format_map(facts)
+    return _CARD.read_text().format_map(facts)
 
 
 def read(folder, side=None):
