@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from accelerate.utils import broadcast_object_list
 from PIL import Image
 
 from diffecho_utils import DiffEchoError, camus, data, files, models, prompts, results, sampling
@@ -90,9 +89,9 @@ def write(
     (settings and `facts`, how many of each class), README.md, the data card, and, once all is there,
     metadata.csv (`METADATA`, one row an image). Image i has the seed `seed` + i. What is there is kept:
     an interrupted run goes on, and draws each batch that lacks something whole, as it was drawn before.
-    Under `accelerate launch` the processes share the batches. `progress(done, total, "images")` counts
-    those of whole batches and this process's. restart: a set that FOLDER holds is thrown away. Raises
-    DiffEchoError if it holds one of other settings or weights, and for what `sampling.check` refuses.
+    Under `accelerate launch` the processes share the batches; `progress(done, total, "images")` counts
+    this one's. restart: a set that FOLDER holds is thrown away. Raises DiffEchoError if it holds one of
+    other settings or weights, and for what `sampling.check` refuses.
     """
     folder, state = Path(folder), models.processes()
     metadata = _metadata(table, seed, masks)
@@ -108,15 +107,18 @@ def write(
         **(facts or {}),
     }
     conditions = _conditions(generator, table, masks, settings)
-    lost = _claim(folder, metadata, settings, restart, state)
-    batches, done, total = _share(len(table), batch, lost, state)
-    for rows in batches:
-        images = _draw(generator, metadata, conditions, settings, rows)
-        for row, image in zip(rows, images, strict=True):
-            if row in lost:
-                if masks is not None:
-                    save_grey(masks[row].numpy(), folder / metadata["label_map"][row])
-                save_image(image, folder / metadata["file_name"][row])
+    _claim(folder, metadata, settings, restart, state)
+    batches = np.split(np.arange(len(table)), range(batch, len(table), batch))
+    mine = batches[state.process_index :: state.num_processes]
+    done, total = 0, sum(map(len, mine))
+    for rows in mine:
+        lost = _lost(folder, metadata.iloc[rows])
+        if lost:
+            images = _draw(generator, settings, metadata, conditions, rows)
+        for row in lost:
+            save_image(images[row - rows[0]], folder / metadata["file_name"][row])
+            if masks is not None:
+                save_grey(masks[row].numpy(), folder / metadata["label_map"][row])
         done += len(rows)
         if progress:
             progress(done, total, "images")
@@ -151,7 +153,7 @@ def _conditions(generator, table, masks, settings):
 
 
 def _claim(folder, metadata, settings, restart, state):
-    """Make FOLDER this set's, or find that it is: the rows that it lacks; DiffEchoError if it is another's."""
+    """Make FOLDER this set's, or find that it is; DiffEchoError if it is another's."""
     path = folder / "dataset.json"
     if restart and state.is_main_process and path.is_file():
         shutil.rmtree(folder)
@@ -171,29 +173,16 @@ def _claim(folder, metadata, settings, restart, state):
         counts = (metadata["view"] + "-" + metadata["phase"]).value_counts(sort=False).to_dict()
         described = {"settings": settings, "counts": counts}
         files.write_text(path, json.dumps(described, indent=1) + "\n")
-    return _lost(folder, metadata)
 
 
 def _lost(folder, metadata):
-    """Rows whose image or label map is not there."""
-    pairs = zip(metadata["file_name"], metadata["label_map"], strict=True)
-    return {i for i, pair in enumerate(pairs) if not all((folder / name).exists() for name in pair)}
+    """Rows of `metadata` whose image or label map is not there."""
+    named = metadata[["file_name", "label_map"]].itertuples(name=None)
+    return [row for row, *names in named if not all((folder / name).exists() for name in names)]
 
 
-def _share(n, batch, lost, state):
-    """Batches for this process to draw (lists of rows), the images of whole ones, and of both together."""
-    rows = list(range(n))
-    batches = [rows[first : first + batch] for first in range(0, n, batch)]
-    broken = [rows for rows in batches if not lost.isdisjoint(rows)]
-    # One list for all: a process that looked later would see what the others wrote meanwhile.
-    (broken,) = broadcast_object_list([broken])
-    mine = broken[state.process_index :: state.num_processes]
-    whole = n - sum(map(len, broken))
-    return mine, whole, whole + sum(map(len, mine))
-
-
-def _draw(generator, metadata, conditions, settings, rows):
-    """Images (len(rows), 1, H, W) of a batch."""
+def _draw(generator, settings, metadata, conditions, rows):
+    """The images of these rows, a whole batch: (len(rows), 1, H, W)."""
     scheduler = sampling.SOLVERS[settings["solver"]]
     return sampling.sample(
         generator,
@@ -215,7 +204,7 @@ def _finish(folder, metadata):
     if lost:
         raise DiffEchoError(
             f"{folder}: {len(lost)} of {len(metadata)} images are missing (first: "
-            f"{metadata['file_name'][min(lost)]}); was one of the processes stopped? Sample again"
+            f"{metadata['file_name'][lost[0]]}); was one of the processes stopped? Sample again"
         )
     files.write_text(folder / "README.md", card(folder))
     files.write_text(folder / "metadata.csv", metadata.to_csv(index=False))
@@ -251,9 +240,7 @@ def read(folder, side=None):
     folder = Path(folder)
     table = _read_metadata(folder / "metadata.csv")
     images = [_read_grey(folder / name) for name in table["file_name"]]
-    sizes = {}
-    for name, image in zip(table["file_name"], images, strict=True):
-        sizes.setdefault(image.shape, name)
+    sizes = {image.shape: name for image, name in zip(images, table["file_name"], strict=True)}
     if len(sizes) > 1:
         found = ", ".join(f"{name} {w} x {h}" for (h, w), name in sizes.items())
         raise DiffEchoError(

@@ -197,7 +197,8 @@ def test_an_interrupted_set_goes_on_to_the_same_files(generator, tmp_path):
     times = {path: path.stat().st_mtime_ns for path in (parts / "images").glob("0*.png")}
     told = []
     write(generator, parts, 2, 2, seed=3, batch=3, progress=lambda *done: told.append(done))
-    assert told == [(8, 8, "images")] and contents(parts) == contents(whole)
+    assert told == [(n, 8, "images") for n in (3, 6, 8)]
+    assert contents(parts) == contents(whole)
     assert len(list((parts / "images").iterdir())) == 8, "no half file"
     assert {path: path.stat().st_mtime_ns for path in times} == times and len(times) == 7
 
@@ -320,20 +321,22 @@ def test_two_processes_write_one_set(checkpoint, whole, tmp_path):
 def test_a_process_draws_its_share_only(generator, tmp_path, monkeypatch):
     """And the main process does not call a set whole that lacks another's share."""
 
-    class Second:
-        process_index, num_processes, is_main_process = 1, 2, False
+    class Process:
+        process_index, num_processes, is_main_process = 0, 2, True
 
         def wait_for_everyone(self):
             pass
 
-    monkeypatch.setattr(models, "processes", Second)
-    write(generator, tmp_path, 2, 1, batch=2)
-    assert sorted(contents(tmp_path)) == [f"{i:06d}.png" for i in (2, 3, 6, 7)]
+    monkeypatch.setattr(models, "processes", Process)
+    told = []
+    with pytest.raises(DiffEchoError, match="3 of 8 images are missing"):
+        write(generator, tmp_path, 2, 1, batch=3, progress=lambda *done: told.append(done))
     assert not (tmp_path / "metadata.csv").exists()
-    Second.process_index, Second.is_main_process = 0, True
-    with pytest.raises(DiffEchoError, match="2 of 8 images are missing"):
-        write(generator, tmp_path, 2, 1, batch=2)
-    assert not (tmp_path / "metadata.csv").exists()
+    assert sorted(contents(tmp_path)) == [f"{i:06d}.png" for i in (0, 1, 2, 6, 7)]
+    assert told == [(3, 5, "images"), (5, 5, "images")]
+    Process.process_index, Process.is_main_process = 1, False
+    write(generator, tmp_path, 2, 1, batch=3)
+    assert len(contents(tmp_path)) == 8 and not (tmp_path / "metadata.csv").exists()
 
 
 def test_datasets_reads_the_image_folder(whole, tmp_path):
