@@ -17,6 +17,7 @@ from diffecho_utils import DiffEchoError, camus, data, files, models, prompts, r
 
 METADATA = ["file_name", "view", "phase", "prompt", "seed", "label_map"]
 _CARD = Path(__file__).with_name("card.md")
+_REMEDY = "sample again with --restart (restart=True)"
 
 # Of the data that a set derives from, for its card; what it says of data of unknown terms.
 _TERMS = {
@@ -163,8 +164,7 @@ def _claim(folder, metadata, settings, restart, state):
         odd = sorted(name for name in old | new if old.get(name) != new.get(name))
         if odd:
             raise DiffEchoError(
-                f"{path}: made with other settings ({', '.join(odd)}); choose another folder, or "
-                "begin again with --restart (restart=True)"
+                f"{path}: made with other settings ({', '.join(odd)}); choose another folder, or {_REMEDY}"
             )
     (folder / "images").mkdir(parents=True, exist_ok=True)
     if metadata["label_map"].any():
@@ -212,7 +212,7 @@ def _finish(folder, metadata):
 
 def card(folder):
     """README.md of a synthetic set: what it is, how it was made, what it must not be used for."""
-    described = _described(folder)
+    described = files.read_json(folder / "dataset.json", _REMEDY)
     settings, counts = described["settings"], described["counts"]
     worlds = {settings.get("world"), settings.get("masks_world")} - {None}
     world = "camus" if "camus" in worlds else "phantom" if worlds == {"phantom"} else "other"
@@ -330,14 +330,8 @@ def own_side(folder):
 
 def read_settings(folder):
     """The settings in a synthetic set's dataset.json; {} for a folder that has none."""
-    return _described(folder).get("settings", {})
-
-
-def _described(folder):
     path = Path(folder) / "dataset.json"
-    if not path.is_file():
-        return {}
-    return files.read_json(path, "sample again with --restart (restart=True)")
+    return files.read_json(path, _REMEDY).get("settings", {}) if path.is_file() else {}
 
 
 def digest(generator):
