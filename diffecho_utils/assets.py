@@ -6,14 +6,13 @@ for, from the commit that the package is of, and checks it against the SHA-256 i
 change under `data/`, `make registry` writes it anew.
 """
 
-import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pooch
 
-from diffecho_utils import DiffEchoError, __version__, results
+from diffecho_utils import DiffEchoError, __version__, files, results
 
 REGISTRY = Path(__file__).with_name("registry.txt")  # lines "path sha256"
 
@@ -42,7 +41,7 @@ def checkpoint(world, model):
     """Folder of a shipped checkpoint, `data/checkpoints/<world>/<model>`; what it builds on lies beside it."""
     folder = shipped(f"checkpoints/{world}/{model}")
     if _checkout() is None:
-        made = json.loads((folder / "training.json").read_text())
+        made = files.read_json(folder / "training.json", "delete it, to fetch it again")
         for needed in made.get("needs", {}).values():
             checkpoint(*Path(os.path.normpath(folder / needed["path"])).parts[-2:])
     return folder
@@ -68,13 +67,12 @@ def shipped(relative):
     if checkout is None:
         return _fetched(relative)
     path = checkout / "data" / relative
-    if path.exists():
-        return path
-    beside = path.parent
-    there = sorted(p.name for p in beside.iterdir()) if beside.is_dir() else []
-    raise DiffEchoError(
-        f"{path}: not shipped; beside it are {there or 'no files'}; check the checkout"
-    )
+    if not path.exists():
+        beside = sorted(other.name for other in path.parent.glob("*"))
+        raise DiffEchoError(
+            f"{path}: not shipped; beside it are {beside or 'no files'}; check the checkout"
+        )
+    return path
 
 
 def address():
@@ -88,11 +86,8 @@ def address():
 
 
 def _checkout():
-    here = Path(__file__).resolve().parent.parent
-    candidates = [here, Path.cwd(), *Path.cwd().parents]
-    if os.environ.get("DIFFECHO_ROOT"):
-        candidates.insert(0, Path(os.environ["DIFFECHO_ROOT"]))
-    for folder in candidates:
+    named = [Path(os.environ["DIFFECHO_ROOT"])] if os.environ.get("DIFFECHO_ROOT") else []
+    for folder in [*named, Path(__file__).resolve().parents[1], Path.cwd(), *Path.cwd().parents]:
         if (folder / "_toc.yml").is_file() and (folder / "data").is_dir():
             return folder
     return None
@@ -107,35 +102,29 @@ def _fetched(relative):
         retry_if_failed=2,
     )
     store.load_registry(REGISTRY)
-    names = [n for n in store.registry if n == relative or n.startswith(f"{relative}/")]
+    names = [name for name in store.registry if f"{name}/".startswith(f"{relative}/")]
     if not names:
-        above = relative.rpartition("/")[0]
-        there = {
-            n.removeprefix(above).strip("/").split("/")[0] for n in store.registry if above in n
-        }
-        raise DiffEchoError(
-            f"data/{relative}: not shipped; beside it are {sorted(there) or 'no files'}"
-        )
+        above = relative[: relative.rfind("/") + 1]
+        listed = [name for name in store.registry if name.startswith(above)]
+        beside = sorted({name.removeprefix(above).split("/")[0] for name in listed})
+        raise DiffEchoError(f"data/{relative}: not shipped; beside it are {beside or 'no files'}")
     pooch.get_logger().setLevel("WARNING")
     for name in names:  # before the threads, which would make the same one twice
-        (Path(store.path) / name).parent.mkdir(parents=True, exist_ok=True)
-
-    def fetch(name):
-        try:
-            store.fetch(name)
-        except (OSError, ValueError) as error:  # the network's errors are OSErrors
-            raise DiffEchoError(
-                f"{store.get_url(name)}: {_in_words(error)}; nothing was kept. Try again; if it stays so, "
-                "install the package anew, so that its list of files is that of the address"
-            ) from None
-
+        (store.abspath / name).parent.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(fetch, names))
-    return Path(store.path) / relative
+        list(pool.map(lambda name: _fetch(store, name), names))
+    return store.abspath / relative
 
 
-def _in_words(error):
-    text = " ".join(str(error).split())
-    if "does not match the known hash" in text:
-        return "what arrived is damaged, or another version (its SHA-256 is not the registered one)"
-    return f"not fetched ({text[:200]})"
+def _fetch(store, name):
+    try:
+        store.fetch(name)
+    except (OSError, ValueError) as error:  # the network's errors are OSErrors
+        text = " ".join(str(error).split())
+        said = f"not fetched ({text[:200]})"
+        if "does not match the known hash" in text:
+            said = "what arrived is damaged, or another version (its SHA-256 is not the registered one)"
+        raise DiffEchoError(
+            f"{store.get_url(name)}: {said}; nothing was kept. Try again; if it stays so, install the "
+            "package anew, so that its list of files is that of the address"
+        ) from None

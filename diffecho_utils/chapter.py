@@ -1,8 +1,10 @@
-"""What the first cells of a chapter call: the data to work on, a network of one's own, checks of answers."""
+"""What the cells of every chapter call: the data to work on, a network of one's own, answers and numbers."""
 
 import contextlib
 import hashlib
 from dataclasses import replace
+
+import torch
 
 from diffecho_utils import (
     assets,
@@ -17,57 +19,13 @@ from diffecho_utils import (
 )
 
 
-def from_scratch(model, table, profile, say=print):
-    """Train `model` by the profile's whole recipe on `table`'s training patients: its folder.
-
-    What a chapter does with `train_from_scratch = True`. It stands on the shipped checkpoints that it
-    builds on, and takes its size of images and latents from them. Kept in the workspace, one folder
-    for each set of patients: interrupted, it goes on when called again; done, it is only named.
-    """
-    rows = camus.select(table, "training", patients=profile.patients)
-    who = hashlib.sha256("\n".join([table.attrs["root"], *rows["patient"]]).encode()).hexdigest()[
-        :8
-    ]
-    kept = assets.workspace() / "trained"
-    folder = kept / f"{table.attrs['world']}-{profile.name}-{who}" / model
-    if (folder / "training.json").exists():
-        return folder
-    needs = {name: assets.checkpoint("camus", name) for name in training.builds_on(model, profile)}
-    if needs:  # the geometry of the frames that the shipped networks learned from
-        shipped = checkpoints.load_generator(assets.checkpoint("camus", model))
-        profile = replace(
-            profile,
-            latent_channels=shipped.latent_shape[0],
-            side=shipped.side,
-            stretched=shipped.stretched,
-        )
-    if "clip" in needs:
-        width = checkpoints.load_clip(needs["clip"])[0].config.text_config.hidden_size
-        profile = replace(profile, clip_width=width)
-    cache = assets.workspace() / "cache"
-    training.train(
-        model,
-        data.load_frames(rows, profile, cache_dir=cache),
-        profile,
-        folder,
-        needs=needs,
-        provenance=results.provenance(f"from_scratch({model!r}), profile {profile.name}"),
-        say=say,
-        cache_dir=cache,
-    )
-    return folder
-
-
 def begin(name, data_root):
     """What a chapter works on: (profile, table of frames); prints which they are.
 
     name: of a profile; empty: "gpu" where PyTorch finds one, else "cpu". data_root: CAMUS in any form
     that `releases` knows; empty: the profile's phantom, written where it is missing.
     """
-    import torch
-
-    gpu = torch.cuda.is_available()
-    profile = profiles.get(name or ("gpu" if gpu else "cpu"))
+    profile = profiles.get(name or ("gpu" if torch.cuda.is_available() else "cpu"))
     table = camus.read_table(releases.official(data_root or phantom_folder(profile)))
     world, patients = table.attrs["world"], table.patient.nunique()
     print(
@@ -81,6 +39,65 @@ def phantom_folder(profile):
     """The profile's phantom, written where it is missing: its folder."""
     folder = assets.workspace() / f"phantom-{profile.name}"
     return phantom.ensure(folder, patients=profile.phantom_patients, seed=profile.phantom_seed)
+
+
+def from_scratch(model, table, profile, say=print):
+    """Train `model` by the profile's whole recipe on `table`'s training patients: its folder.
+
+    What a chapter does with `train_from_scratch = True`. It stands on the shipped checkpoints that it
+    builds on, and takes its size of images and latents from them. Kept in the workspace, one folder
+    for each set of patients: interrupted, it goes on when called again; done, it is only named.
+    """
+    rows = camus.select(table, "training", patients=profile.patients)
+    kept, cache = assets.workspace() / "trained", assets.workspace() / "cache"
+    patients = hashlib.sha256("\n".join([table.attrs["root"], *rows["patient"]]).encode())
+    folder = kept / f"{table.attrs['world']}-{profile.name}-{patients.hexdigest()[:8]}" / model
+    if (folder / "training.json").exists():
+        return folder
+    needs = {name: assets.checkpoint("camus", name) for name in training.builds_on(model, profile)}
+    if needs:  # the sizes of what the shipped networks learned from
+        like = checkpoints.load_generator(assets.checkpoint("camus", model))
+        channels, *_ = like.latent_shape
+        width = like.text.model.config.hidden_size if like.text else profile.clip_width
+        sizes = {"latent_channels": channels, "clip_width": width}
+        profile = replace(profile, side=like.side, stretched=like.stretched, **sizes)
+    training.train(
+        model,
+        data.load_frames(rows, profile, cache_dir=cache),
+        profile,
+        folder,
+        needs=needs,
+        provenance=results.provenance(f"from_scratch({model!r}), profile {profile.name}"),
+        say=say,
+        cache_dir=cache,
+    )
+    return folder
+
+
+def live(table, profile):
+    """One line for the caption of what this run computes: "Live: phantom, 60 patients, profile cpu"."""
+    return (
+        f"Live: {table.attrs['world']}, {table.patient.nunique()} patients, profile {profile.name}"
+    )
+
+
+def save(results_dir, name, values, table, profile, seeds=(), split="validation"):
+    """Record what a chapter measured (`results.save`) in `results_dir`; where that is empty, in the workspace.
+
+    The command in the record makes it again; it holds no path of this machine.
+    """
+    world = table.attrs["world"]
+    root = "DATA=/path/to/camus " if world == "camus" else ""
+    results.save(
+        results_dir or assets.workspace() / "results",
+        name,
+        values,
+        world=world,
+        profile=profile.name,
+        command=f"make book {root}PROFILE={profile.name}",
+        seeds=seeds,
+        split=split,
+    )
 
 
 @contextlib.contextmanager

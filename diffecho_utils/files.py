@@ -16,12 +16,13 @@ from diffecho_utils import DiffEchoError
 
 @contextlib.contextmanager
 def draft(path):
-    """`with draft(path) as beside`: what is written there becomes `path`, or is removed after an error."""
+    """`with draft(path) as beside`: the file or folder made there becomes `path`, or is removed after an error."""
     beside = Path(path).with_name(f".{Path(path).name}.{os.getpid()}")
     try:
         yield beside
         os.replace(beside, path)
     finally:
+        shutil.rmtree(beside, ignore_errors=True)  # where it is a folder
         beside.unlink(missing_ok=True)
 
 
@@ -31,17 +32,24 @@ def write_text(path, text):
         beside.write_text(text)
 
 
+def read_json(path, remedy):
+    """What a JSON file holds; where it is missing or half-written, DiffEchoError with the remedy."""
+    try:
+        return json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise DiffEchoError(f"{path}: missing; {remedy}") from None
+    except ValueError as error:
+        raise DiffEchoError(f"{path}: half-written ({error}); {remedy}") from None
+
+
 def cached(cache_dir, name, key, make):
     """`make()`'s dict of tensors, kept as safetensors under `cache_dir`/name-<hash of key>; None: no cache."""
     if cache_dir is None:
         return make()
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     path = Path(cache_dir) / f"{name}-{digest}.safetensors"
-    if path.is_file():
-        try:
-            return load_file(path)
-        except SafetensorError:
-            path.unlink()  # damaged from outside: made again below
+    with contextlib.suppress(FileNotFoundError, SafetensorError):  # damaged: made again
+        return load_file(path)
     tensors = make()
     save_tensors(path, tensors)
     return tensors
@@ -67,11 +75,10 @@ def whole_folder(dest):
     dest = Path(dest)
     if dest.exists():
         raise DiffEchoError(f"{dest}: exists; name a new folder, or delete it")
-    beside = dest.with_name(f".{dest.name}.{os.getpid()}.part")
     try:
-        beside.mkdir(parents=True)
-        yield beside
-        os.replace(beside, dest)
+        with draft(dest) as beside:
+            beside.mkdir(parents=True)
+            yield beside
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
@@ -79,5 +86,3 @@ def whole_folder(dest):
             f"{dest.parent}: the disk is full; free space on it, or name a folder on another one, and "
             "run the same command again"
         ) from None
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)

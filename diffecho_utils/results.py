@@ -9,13 +9,12 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 import zipfile
 from importlib.metadata import version
 from pathlib import Path
-
-import numpy as np
 
 from diffecho_utils import DiffEchoError, __version__, files
 
@@ -25,7 +24,8 @@ ROOT = Path(__file__).resolve().parents[1]  # the checkout, or where packages ar
 
 def save(directory, name, values, *, world, profile, command, seeds=(), split=None):
     """Write `values` (a JSON-able dict; arrays and NaN allowed) with their provenance; returns the path."""
-    record = provenance(command) | {
+    record = {
+        **provenance(command),
         "name": name,
         "world": world,
         "licence": LICENCES.get(world, "of the data"),
@@ -54,11 +54,11 @@ def parse(text, name):
     """The record in a JSON text; `name` tells where it is from."""
     try:
         record = json.loads(text)
-        missing = {"name", "date", "hardware", "command", "commit", "values"} - set(record)
     except ValueError as error:
         raise DiffEchoError(
             f"{name}: not a record ({error}); restore it from the repository"
         ) from None
+    missing = {"name", "date", "hardware", "command", "commit", "values"} - set(record)
     if missing:
         raise DiffEchoError(f"{name}: lacks {sorted(missing)}; restore it from the repository")
     return record
@@ -71,13 +71,9 @@ def pack(folder, path):
         raise DiffEchoError(f"{folder}: no record (*.json) to pack; run the experiment first")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    bzip2 = zipfile.ZIP_BZIP2
-    with (
-        files.draft(path) as beside,
-        zipfile.ZipFile(beside, "w", bzip2, compresslevel=9) as archive,
-    ):
-        for record in records:
-            archive.writestr(zipfile.ZipInfo(record.name), record.read_bytes(), bzip2)
+    with files.draft(path) as beside, zipfile.ZipFile(beside, "w", compresslevel=9) as archive:
+        for record in records:  # ZipInfo: without the time of the file
+            archive.writestr(zipfile.ZipInfo(record.name), record.read_bytes(), zipfile.ZIP_BZIP2)
     return path
 
 
@@ -96,19 +92,6 @@ def describe(record):
     )
 
 
-def live(table, profile):
-    """One line for the caption of what this run computes: "Live: phantom, 60 patients, profile cpu"."""
-    return (
-        f"Live: {table.attrs['world']}, {table.patient.nunique()} patients, profile {profile.name}"
-    )
-
-
-def book_command(table, profile):
-    """The command that makes a chapter's numbers again, without this machine's paths."""
-    data = " DATA=/path/to/camus" if table.attrs["world"] == "camus" else ""
-    return f"make book{data} PROFILE={profile.name}"
-
-
 def provenance(command):
     """Date, hardware, command, commit and versions of this run, as a JSON-able dict."""
     packages = ("torch", "diffusers", "transformers", "monai", "torchmetrics", "numpy")
@@ -117,8 +100,11 @@ def provenance(command):
         "hardware": hardware(),
         "command": command,
         "commit": _short(revision()),
-        "versions": {"diffecho_utils": __version__, "python": platform.python_version()}
-        | {package: version(package) for package in packages},
+        "versions": {
+            "diffecho_utils": __version__,
+            "python": platform.python_version(),
+            **{package: version(package) for package in packages},
+        },
     }
 
 
@@ -128,11 +114,9 @@ def hardware():
     if torch is not None and torch.cuda.is_available():
         return torch.cuda.get_device_name()
     cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return (
-        f"{cores()}-core CPU ({names[0] if names else platform.processor() or platform.machine()})"
-    )
+    found = re.search(r"model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "")
+    kind = found[1].strip() if found else platform.processor() or platform.machine()
+    return f"{cores()}-core CPU ({kind})"
 
 
 def cores():
@@ -173,23 +157,17 @@ def git(*command):
 
 
 def _short(commit):
-    if commit is None:
-        return f"unknown ({__version__})"
-    return commit[:7] + commit[40:]
+    return f"unknown ({__version__})" if commit is None else commit[:7] + commit[40:]
 
 
 def _plain(value):
     """Numpy values as Python's, NaN and infinities as None, floats with six significant digits."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple, set)):
         return [_plain(item) for item in value]
-    if isinstance(value, np.ndarray):
-        return _plain(value.tolist())
-    if isinstance(value, (bool, np.bool_)):
-        return bool(value)
-    if isinstance(value, (int, np.integer)):
-        return int(value)
-    if isinstance(value, (float, np.floating)):
+    if isinstance(value, float):
         return float(f"{value:.6g}") if math.isfinite(value) else None
     return value

@@ -5,19 +5,11 @@ Chapters 03 to 07.
 
 import inspect
 
+import diffusers
 import numpy as np
 import torch
-from diffusers import (
-    DDIMScheduler,
-    DDPMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerDiscreteScheduler,
-    UniPCMultistepScheduler,
-)
 
 from diffecho_utils import DiffEchoError, camus, data, prompts
-
-ALL_CLASSES = tuple(range(len(camus.CLASSES)))
 
 # What each generator is told.
 CONDITIONS = {
@@ -27,16 +19,16 @@ CONDITIONS = {
     "sdm": {"masks"},
 }
 
-# The paper's sentences for those that read one.
-TEMPLATES = {"text": "paper", "text-seg": "paper-seg"}
+# The template of `prompts.make` that each generator which reads prompts draws with: the paper's sentences.
+DRAWING_PROMPTS = {"text": "paper", "text-seg": "paper-seg"}
 
 # Chapter 07 writes each of them by hand; build one by `.from_config(generator.scheduler.config)`.
 SOLVERS = {
-    "DDPM": DDPMScheduler,
-    "DDIM": DDIMScheduler,
-    "Euler": EulerDiscreteScheduler,
-    "DPM-Solver++": DPMSolverMultistepScheduler,
-    "UniPC": UniPCMultistepScheduler,
+    "DDPM": diffusers.DDPMScheduler,
+    "DDIM": diffusers.DDIMScheduler,
+    "Euler": diffusers.EulerDiscreteScheduler,
+    "DPM-Solver++": diffusers.DPMSolverMultistepScheduler,
+    "UniPC": diffusers.UniPCMultistepScheduler,
 }
 
 
@@ -62,13 +54,12 @@ def sample(
     it to those timesteps, both included (Kynkaanniemi et al. 2024). `scheduler` is any diffusers
     scheduler built from the generator's configuration (one that puts noise in draws it from each
     image's own stream, if its `step` takes a generator); the default, DPM-Solver++, needs about 20
-    steps. `progress(done, N)` is called after each batch. Raises DiffEchoError for conditions that
-    are missing, too many or of the wrong size, and for an empty interval.
+    steps. `progress(done, total, "images")` is called after each batch. Raises DiffEchoError for
+    conditions that are missing, too many or of the wrong size, and for an empty interval.
     """
-    check_conditions(generator, len(seeds), guidance, conditions)
-    low, high = check_interval(guidance_interval, generator)
+    low, high = check(generator, len(seeds), guidance, guidance_interval, conditions)
     if scheduler is None:
-        scheduler = DPMSolverMultistepScheduler.from_config(generator.scheduler.config)
+        scheduler = SOLVERS["DPM-Solver++"].from_config(generator.scheduler.config)
     draws = "generator" in inspect.signature(scheduler.step).parameters
     device = next(generator.denoiser.parameters()).device
     images = []
@@ -76,10 +67,12 @@ def sample(
         part = slice(first, first + batch)
         streams = _streams(seeds[part])
         fresh = {"generator": streams} if draws else {}
-        latents = _noise(streams, generator.latent_shape).to(device)
-        given, null = _conditions(generator, device, {k: v[part] for k, v in conditions.items()})
+        given, null = _arguments(
+            generator, device, {name: values[part] for name, values in conditions.items()}
+        )
         scheduler.set_timesteps(steps, device=device)
-        latents = latents * scheduler.init_noise_sigma
+        noise = _noise(streams, generator.latent_shape)
+        latents = noise.to(device) * scheduler.init_noise_sigma
         for timestep in scheduler.timesteps:
             inputs = scheduler.scale_model_input(latents, timestep)
             times = timestep.expand(len(inputs)).to(device)
@@ -90,30 +83,16 @@ def sample(
             latents = scheduler.step(prediction, timestep, latents, **fresh).prev_sample
         images.append(data.decode(generator.vae, latents))
         if progress:
-            progress(min(first + batch, len(seeds)), len(seeds))
+            progress(min(first + batch, len(seeds)), len(seeds), "images")
     return torch.cat(images)
 
 
-def _conditions(generator, device, conditions):
-    """The denoiser's arguments for these conditions, and for the null condition."""
-    given, null = {}, {}
-    if "classes" in conditions:
-        given["classes"] = torch.as_tensor(conditions["classes"], device=device)
-    if "prompts" in conditions:
-        texts = list(conditions["prompts"])
-        given["text"], null["text"] = generator.text(texts), generator.text([""] * len(texts))
-    if "masks" in conditions:
-        given["masks"] = null["masks"] = torch.as_tensor(conditions["masks"]).to(device)
-        if "prompts" not in conditions:
-            null["unlabelled"] = torch.ones(len(given["masks"]), dtype=torch.bool, device=device)
-    return given, null
-
-
-def check_conditions(generator, n, guidance, conditions):
-    wanted = CONDITIONS[generator.model]
+def check(generator, n, guidance, interval, conditions):
+    """The guidance interval (low, high); DiffEchoError where `sample` could not draw n images as asked."""
+    wanted, model = CONDITIONS[generator.model], generator.model
     if set(conditions) != wanted:
         raise DiffEchoError(
-            f"the {generator.model} generator is told {sorted(wanted)}, given {sorted(conditions)}"
+            f"the {model} generator is told {sorted(wanted)}, given {sorted(conditions)}"
         )
     for name, values in conditions.items():
         if len(values) != n:
@@ -122,31 +101,32 @@ def check_conditions(generator, n, guidance, conditions):
     if untrained:
         names = [camus.CLASS_NAMES[index] for index in sorted(untrained)]
         raise DiffEchoError(f"the generator was trained without frames of {', '.join(names)}")
-    if guidance != 1 and generator.model == "unconditional":
+    if guidance != 1 and model == "unconditional":
         raise DiffEchoError(
             "the unconditional generator has no null condition; leave guidance at 1"
         )
-    if "masks" not in conditions:
-        return
     sides = (generator.side, generator.side)
-    if tuple(conditions["masks"].shape[1:]) != sides:
+    if "masks" in conditions and tuple(conditions["masks"].shape[1:]) != sides:
         raise DiffEchoError(
             f"label maps of {tuple(conditions['masks'].shape[1:])} pixels for images of {sides}; "
             "load them in the generator's geometry (`data.load_frames(rows, generator)`)"
         )
-
-
-def check_interval(interval, generator):
     last = generator.scheduler.config.num_train_timesteps - 1
-    if interval is None:
-        return 0, last
-    low, high = interval
+    low, high = interval or (0, last)
     if not 0 <= low <= high <= last:
         raise DiffEchoError(
             f"guidance interval {low} to {high}: give the lower timestep first, both from 0 (the "
             f"picture) to {last} (noise)"
         )
     return low, high
+
+
+def told(model, frames):
+    """What a generator of `model` is told of `frames` (data.Frames): the conditions of `sample`."""
+    known = {"classes": frames.classes, "masks": frames.masks}
+    if model in DRAWING_PROMPTS:
+        known["prompts"] = prompts.make(frames.table, DRAWING_PROMPTS[model])
+    return {name: known[name] for name in CONDITIONS[model]}
 
 
 def initial_noise(seeds, shape):
@@ -163,9 +143,16 @@ def _noise(streams, shape):
     return torch.stack([torch.randn(shape, generator=stream) for stream in streams])
 
 
-def told(model, frames):
-    """What a generator of `model` is told of `frames` (data.Frames): the conditions of `sample`."""
-    known = {"classes": frames.classes, "masks": frames.masks}
-    if model in TEMPLATES:
-        known["prompts"] = prompts.make(frames.table, TEMPLATES[model])
-    return {name: known[name] for name in CONDITIONS[model]}
+def _arguments(generator, device, conditions):
+    """The denoiser's arguments for these conditions, and for the null condition."""
+    given, null = {}, {}
+    if "classes" in conditions:
+        given["classes"] = torch.as_tensor(conditions["classes"], device=device)
+    if "prompts" in conditions:
+        texts = list(conditions["prompts"])
+        given["text"], null["text"] = generator.text(texts), generator.text([""] * len(texts))
+    if "masks" in conditions:
+        given["masks"] = null["masks"] = torch.as_tensor(conditions["masks"]).to(device)
+        if "prompts" not in conditions:
+            null["unlabelled"] = torch.ones(len(given["masks"]), dtype=torch.bool, device=device)
+    return given, null

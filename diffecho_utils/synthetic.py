@@ -11,53 +11,61 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from accelerate.utils import broadcast_object_list
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from diffecho_utils import (
-    DiffEchoError,
-    camus,
-    data,
-    files,
-    models,
-    prompts,
-    results,
-    sampling,
-)
+from diffecho_utils import DiffEchoError, camus, data, files, models, prompts, results, sampling
 
 METADATA = ["file_name", "view", "phase", "prompt", "seed", "label_map"]
+_CARD = Path(__file__).with_name("card.md")
+_REMEDY = "sample again with --restart (restart=True)"
+
+# Of the data that a set derives from, for its card; what it says of data of unknown terms.
+_TERMS = {
+    "camus": "It derives from CAMUS, whose licence applies (scientific research only, same terms for"
+    " what is made from it). Cite S. Leclerc et al., Deep Learning for Segmentation using an Open"
+    " Large-Scale Dataset in 2D Echocardiography, IEEE Transactions on Medical Imaging 38(9), 2019,"
+    " doi:10.1109/TMI.2019.2900516.",
+    "phantom": "It derives from a procedural phantom only; do with it what you like.",
+    "other": "The licence is that of the data the generator was trained on.",
+}
 
 
-def plan(model, count, frames=None, template=None, classes=sampling.ALL_CLASSES):
+def plan(model, count, frames=None, template=None, classes=(0, 1, 2, 3)):
     """What to draw: (table, masks) for `count` images of each of `classes`, indices into `camus.CLASSES`.
 
     table: view, phase and prompt of each image ("" for generators that read none); template: of the
-    prompts, by default `TEMPLATES`. masks: (N, H, W)
-    uint8 label maps for generators that are told them, else None: those of `frames` (data.Frames),
-    class by class in their order, over again where there are fewer than `count`.
+    prompts, by default `sampling.DRAWING_PROMPTS`. masks: (N, H, W) uint8 label maps for generators that
+    are told them, else None: those of `frames` (data.Frames), class by class in their order, over again
+    where there are fewer than `count`.
     """
-    template = template or sampling.TEMPLATES.get(model)
-    pairs = [camus.CLASSES[index] for index in np.repeat(classes, count)]
-    table = pd.DataFrame(pairs, columns=["view", "phase"])
-    wanted, masks = "prompts" in sampling.CONDITIONS[model], None
-    if "masks" in sampling.CONDITIONS[model]:
-        if frames is None:
-            raise DiffEchoError(
-                f"the {model} generator needs label maps; name a CAMUS folder with them"
-            )
-        there = frames.classes.numpy()
-        rows = []
-        for index in classes:
-            of_class = np.flatnonzero(there == index)
-            if not len(of_class):
-                name = camus.CLASS_NAMES[index]
-                raise DiffEchoError(f"no label map of class {name} among {len(frames)} frames")
-            rows.append(np.resize(of_class, count))
-        rows = np.concatenate(rows)
-        masks = frames.masks[rows]
-        known = prompts.facts(frames.masks, frames.table) if wanted else frames.table
-        table = known.iloc[rows].reset_index(drop=True)
-    return table.assign(prompt=prompts.make(table, template) if wanted else ""), masks
+    conditions, masks = sampling.CONDITIONS[model], None
+    if "masks" in conditions:
+        rows = _rows(model, count, frames, classes)
+        known = prompts.facts(frames.masks, frames.table) if "prompts" in conditions else frames.table
+        table, masks = known.iloc[rows].reset_index(drop=True), frames.masks[rows]
+    else:
+        pairs = [camus.CLASSES[index] for index in np.repeat(classes, count)]
+        table = pd.DataFrame(pairs, columns=["view", "phase"])
+    if "prompts" not in conditions:
+        return table.assign(prompt=""), masks
+    texts = prompts.make(table, template or sampling.DRAWING_PROMPTS[model])
+    return table.assign(prompt=texts), masks
+
+
+def _rows(model, count, frames, classes):
+    """Indices of the `count` frames of each class whose label maps are drawn to."""
+    if frames is None:
+        raise DiffEchoError(
+            f"the {model} generator needs label maps; name a CAMUS folder with them"
+        )
+    rows = []
+    for index in classes:
+        there = np.flatnonzero(frames.classes == index)
+        if not len(there):
+            name = camus.CLASS_NAMES[index]
+            raise DiffEchoError(f"no label map of class {name} among {len(frames)} frames")
+        rows.append(np.resize(there, count))
+    return np.concatenate(rows)
 
 
 def write(
@@ -78,84 +86,147 @@ def write(
 ):
     """Write one image for each row of `plan`'s table as a synthetic data set; returns its metadata.
 
-    FOLDER/images/*.png (8-bit grey), label_maps/*.png (labels 0-3, where there are any),
-    metadata.csv (`METADATA`, one row an image), dataset.json (`facts`, the settings, how many of
-    each class) and README.md, the data card. Image i has the seed `seed` + i; solver: one of
-    `SOLVERS`. Images that are there already are kept, so an interrupted run goes on: it draws
-    whole batches again that are not whole, so that an image comes out of the batch it would have
-    come out of. Under `accelerate launch` the batches are shared among the processes. metadata.csv is
-    written last, when all is there. `progress(done, N)` counts this process's images and those
-    that were there. restart: a set that FOLDER holds is thrown away. Raises DiffEchoError if it
-    holds a set of other settings or weights.
+    FOLDER/images/*.png (8-bit grey), label_maps/*.png (labels 0-3, where there are any), dataset.json
+    (settings and `facts`, how many of each class), README.md, the data card, and, once all is there,
+    metadata.csv (`METADATA`, one row an image). Image i has the seed `seed` + i. What is there is kept:
+    an interrupted run goes on, and draws each batch that lacks something whole, as it was drawn before.
+    Under `accelerate launch` the processes share the batches; `progress(done, total, "images")` counts
+    this one's. restart: a set that FOLDER holds is thrown away. Raises DiffEchoError if it holds one of
+    other settings or weights, and for what `sampling.check` refuses.
     """
-    if solver not in sampling.SOLVERS:
-        raise DiffEchoError(f"no solver {solver!r}; choose one of {', '.join(sampling.SOLVERS)}")
-    folder, n, state = Path(folder), len(table), models.processes()
-    known = {
-        "classes": camus.class_index(table),
-        "prompts": table["prompt"].to_numpy(),
-        "masks": masks,
+    folder, state = Path(folder), models.processes()
+    metadata = _metadata(table, seed, masks)
+    settings = {
+        "model": generator.model,
+        "solver": solver,
+        "steps": steps,
+        "seed": seed,
+        "guidance": guidance,
+        "guidance_interval": guidance_interval and list(guidance_interval),
+        "planned": plan_digest(metadata, masks),
+        "generator": digest(generator),
+        **(facts or {}),
     }
-    known = {name: known[name] for name in sampling.CONDITIONS[generator.model]}
-    sampling.check_conditions(generator, n, guidance, known)
-    sampling.check_interval(guidance_interval, generator)
-    names = [f"{i:06d}.png" for i in range(n)]
-    metadata = pd.DataFrame(
-        {
-            "file_name": [f"images/{name}" for name in names],
-            "view": table["view"],
-            "phase": table["phase"],
-            "prompt": table["prompt"],
-            "seed": seed + np.arange(n),
-            "label_map": "" if masks is None else [f"label_maps/{name}" for name in names],
-        },
-        columns=METADATA,
-    )
-    settings = {"model": generator.model, "solver": solver, "steps": steps, "seed": seed}
-    settings |= {"guidance": guidance}
-    settings |= {"guidance_interval": guidance_interval and list(guidance_interval)}
-    settings |= {"planned": plan_digest(metadata, masks), "generator": digest(generator)}
-    counts = metadata.groupby(["view", "phase"], sort=False).size()
-    described = {
-        "settings": settings | (facts or {}),
-        "counts": {f"{view}-{phase}": int(k) for (view, phase), k in counts.items()},
-    }
-    if restart and state.is_main_process and (folder / "dataset.json").is_file():
-        shutil.rmtree(folder)
-    state.wait_for_everyone()
-    _claim(folder, described, with_masks=masks is not None)
-    lost = _lost(folder, metadata)
-    blocks = [range(first, min(first + batch, n)) for first in range(0, n, batch)]
-    # One list for all: a process that looked later would see what the others wrote meanwhile.
-    (blocks,) = broadcast_object_list([[block for block in blocks if lost & {*block}]])
-    mine = blocks[state.process_index :: state.num_processes]
-    total = n - len(lost) + sum(len(lost & {*block}) for block in mine)
-    done = n - len(lost)
-    for block in mine:
-        rows = list(block)
-        images = sampling.sample(
-            generator,
-            metadata["seed"].to_numpy()[rows],
-            steps,
-            guidance=guidance,
-            guidance_interval=guidance_interval,
-            scheduler=sampling.SOLVERS[solver].from_config(generator.scheduler.config),
-            batch=batch,
-            **{name: values[rows] for name, values in known.items()},
-        )
-        for row, image in zip(rows, images, strict=True):
-            if row not in lost:
-                continue
+    conditions = _conditions(generator, table, masks, settings)
+    _claim(folder, metadata, settings, restart, state)
+    batches = np.split(np.arange(len(table)), range(batch, len(table), batch))
+    mine = batches[state.process_index :: state.num_processes]
+    done, total = 0, sum(map(len, mine))
+    for rows in mine:
+        lost = _lost(folder, metadata.iloc[rows])
+        if lost:
+            images = _draw(generator, settings, metadata, conditions, rows)
+        for row in lost:
+            save_image(images[row - rows[0]], folder / metadata["file_name"][row])
             if masks is not None:
                 save_grey(masks[row].numpy(), folder / metadata["label_map"][row])
-            save_image(image, folder / metadata["file_name"][row])
-        done += len(lost & {*rows})
+        done += len(rows)
         if progress:
-            progress(done, total)
+            progress(done, total, "images")
     state.wait_for_everyone()
     if state.is_main_process:
-        _finish(folder, metadata, described)
+        _finish(folder, metadata)
     return metadata
+
+
+def _metadata(table, seed, masks):
+    """metadata.csv of what is planned."""
+    names = [f"{row:06d}.png" for row in range(len(table))]
+    added = {
+        "file_name": [f"images/{name}" for name in names],
+        "seed": seed + np.arange(len(names)),
+        "label_map": "" if masks is None else [f"label_maps/{name}" for name in names],
+    }
+    return table.reset_index(drop=True).assign(**added)[METADATA]
+
+
+def _conditions(generator, table, masks, settings):
+    """What the generator is told of all images; DiffEchoError where it could not draw them."""
+    if settings["solver"] not in sampling.SOLVERS:
+        known = ", ".join(sampling.SOLVERS)
+        raise DiffEchoError(f"no solver {settings['solver']!r}; choose one of {known}")
+    classes, texts = camus.class_index(table), table["prompt"].to_numpy()
+    known = {"classes": classes, "prompts": texts, "masks": masks}
+    conditions = {name: known[name] for name in sampling.CONDITIONS[generator.model]}
+    how = settings["guidance"], settings["guidance_interval"]
+    sampling.check(generator, len(table), *how, conditions)
+    return conditions
+
+
+def _claim(folder, metadata, settings, restart, state):
+    """Make FOLDER this set's, or find that it is; DiffEchoError if it is another's."""
+    path = folder / "dataset.json"
+    if restart and state.is_main_process and path.is_file():
+        shutil.rmtree(folder)
+    state.wait_for_everyone()
+    if path.exists():
+        old, new = read_settings(folder), json.loads(json.dumps(settings))
+        odd = sorted(name for name in old | new if old.get(name) != new.get(name))
+        if odd:
+            raise DiffEchoError(
+                f"{path}: made with other settings ({', '.join(odd)}); choose another folder, or {_REMEDY}"
+            )
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    if metadata["label_map"].any():
+        (folder / "label_maps").mkdir(exist_ok=True)
+    if not path.exists():
+        counts = (metadata["view"] + "-" + metadata["phase"]).value_counts(sort=False).to_dict()
+        described = {"settings": settings, "counts": counts}
+        files.write_text(path, json.dumps(described, indent=1) + "\n")
+
+
+def _lost(folder, metadata):
+    """Rows of `metadata` whose image or label map is not there."""
+    named = metadata[["file_name", "label_map"]].itertuples(name=None)
+    return [row for row, *names in named if not all((folder / name).exists() for name in names)]
+
+
+def _draw(generator, settings, metadata, conditions, rows):
+    """The images of these rows, a whole batch: (len(rows), 1, H, W)."""
+    scheduler = sampling.SOLVERS[settings["solver"]]
+    return sampling.sample(
+        generator,
+        metadata["seed"].to_numpy()[rows],
+        settings["steps"],
+        guidance=settings["guidance"],
+        guidance_interval=settings["guidance_interval"],
+        scheduler=scheduler.from_config(generator.scheduler.config),
+        batch=len(rows),
+        **{name: values[rows] for name, values in conditions.items()},
+    )
+
+
+def _finish(folder, metadata):
+    """Card and metadata, once all is there; what a killed process left half-written is removed."""
+    for leftover in folder.glob("*/.*.png.*"):
+        leftover.unlink()
+    lost = _lost(folder, metadata)
+    if lost:
+        raise DiffEchoError(
+            f"{folder}: {len(lost)} of {len(metadata)} images are missing (first: "
+            f"{metadata['file_name'][lost[0]]}); was one of the processes stopped? Sample again"
+        )
+    files.write_text(folder / "README.md", card(folder))
+    files.write_text(folder / "metadata.csv", metadata.to_csv(index=False))
+
+
+def card(folder):
+    """README.md of a synthetic set: what it is, how it was made, what it must not be used for."""
+    described = files.read_json(folder / "dataset.json", _REMEDY)
+    settings, counts = described["settings"], described["counts"]
+    worlds = {settings.get("world"), settings.get("masks_world")} - {None}
+    world = "camus" if "camus" in worlds else "phantom" if worlds == {"phantom"} else "other"
+    licence = results.LICENCES.get(world, "Other")
+    facts = {
+        "licence": licence.lower(),
+        "count": sum(counts.values()),
+        "model": settings["model"],
+        "columns": ", ".join(f"`{name}`" for name in METADATA),
+        "terms": f"{licence}. {_TERMS[world]}",
+    }
+    for name in ("counts", "settings"):
+        facts[name] = "\n".join(f"| {key} | {value} |" for key, value in described[name].items())
+    return _CARD.read_text().format_map(facts)
 
 
 def read(folder, side=None):
@@ -167,44 +238,11 @@ def read(folder, side=None):
     sizes, and a side larger than theirs: enlarged ones would be compared with sharp ones.
     """
     folder = Path(folder)
-    path = folder / "metadata.csv"
-    if not path.is_file():
-        raise DiffEchoError(
-            f"{path}: missing; `sample` writes it last: run it again to finish the set"
-        )
-    table = pd.read_csv(path, keep_default_na=False)
-    lost = sorted(set(METADATA) - set(table.columns))
-    if lost or table.empty:
-        raise DiffEchoError(
-            f"{path}: {f'lacks the columns {lost}' if lost else 'no rows'}; sampling.sample again"
-        )
-    pairs = dict.fromkeys(zip(table["view"], table["phase"], strict=True))
-    unknown = [pair for pair in pairs if pair not in camus.CLASSES]
-    if unknown:
-        raise DiffEchoError(f"{path}: view and phase {unknown}, known are {camus.CLASSES}")
-    missing = [name for name in table["file_name"] if not (folder / name).is_file()]
-    if missing:
-        raise DiffEchoError(
-            f"{path}: {len(missing)} of the {len(table)} images it names are missing (first: "
-            f"{missing[0]}); copy them there, or sampling.sample again"
-        )
-    images, sizes = [], {}
-    for name in table["file_name"]:
-        try:
-            picture = Image.open(folder / name)
-            picture.load()
-        except (OSError, UnidentifiedImageError) as error:
-            raise DiffEchoError(
-                f"{folder / name}: named in metadata.csv, unreadable ({error})"
-            ) from None
-        if picture.mode != "L":
-            raise DiffEchoError(
-                f"{folder / name}: mode {picture.mode}, expected 8-bit grey (L); convert it"
-            )
-        sizes.setdefault(picture.size, name)
-        images.append(np.asarray(picture, dtype=np.float32))
+    table = _read_metadata(folder / "metadata.csv")
+    images = [_read_grey(folder / name) for name in table["file_name"]]
+    sizes = {image.shape: name for image, name in zip(images, table["file_name"], strict=True)}
     if len(sizes) > 1:
-        found = ", ".join(f"{name} {w} x {h}" for (w, h), name in sizes.items())
+        found = ", ".join(f"{name} {w} x {h}" for (h, w), name in sizes.items())
         raise DiffEchoError(
             f"{folder}: images of several sizes ({found}); resize them all alike, since resizing "
             "changes every distance"
@@ -215,30 +253,55 @@ def read(folder, side=None):
             f"{folder}: images of {own} px, and {side} px are asked for; enlarging them would compare "
             f"blur with speckle: take a profile of at most {own} px"
         )
-    squares = [data.to_square(x, np.zeros(x.shape), (1.0, 1.0), side or own)[0] for x in images]
+    squares = [data.to_square(image, image, (1.0, 1.0), side or own)[0] for image in images]
     table.attrs["stretched"] = read_settings(folder).get("stretched") or False
     return torch.stack(squares)[:, None] / 127.5 - 1, table
+
+
+def _read_metadata(path):
+    if not path.is_file():
+        raise DiffEchoError(
+            f"{path}: missing; `sample` writes it last: run it again to finish the set"
+        )
+    table = pd.read_csv(path, keep_default_na=False)
+    lacking = sorted(set(METADATA) - set(table.columns))
+    if lacking or table.empty:
+        found = f"lacks the columns {lacking}" if lacking else "no rows"
+        raise DiffEchoError(f"{path}: {found}; sample again")
+    pairs = dict.fromkeys(zip(table["view"], table["phase"], strict=True))
+    unknown = [pair for pair in pairs if pair not in camus.CLASSES]
+    if unknown:
+        raise DiffEchoError(f"{path}: view and phase {unknown}, known are {camus.CLASSES}")
+    return table
+
+
+def _read_grey(path):
+    """(H, W) uint8 pixels of a picture or label map that metadata.csv names."""
+    try:
+        with Image.open(path) as picture:
+            mode, pixels = picture.mode, np.asarray(picture)
+    except OSError as error:
+        raise DiffEchoError(
+            f"{path}: named in metadata.csv, missing or unreadable ({error}); copy it there, or sample "
+            "again"
+        ) from None
+    if mode != "L":
+        raise DiffEchoError(f"{path}: mode {mode}, expected 8-bit grey (L); convert it")
+    return pixels
 
 
 def read_frames(folder, side=None):
     """A synthetic set as `data.Frames`, its label maps all background where it has none.
 
     The table has view, phase, prompt and seed; each image is a patient of its own. side and errors as in
-    `read_synthetic`.
+    `read`.
     """
     images, table = read(folder, side)
-    side = images.shape[-1]
-    masks = read_label_maps(folder, table, side)
+    masks = read_label_maps(folder, table, images.shape[-1])
     if masks is None:
-        masks = torch.zeros(len(images), side, side, dtype=torch.uint8)
+        masks = torch.zeros(images[:, 0].shape, dtype=torch.uint8)
     patients = [f"{Path(folder).name}/{name}" for name in table["file_name"]]
     return data.Frames(images, masks, table.assign(patient=patients))
-
-
-def own_side(folder):
-    """Pixels of the longer side of a synthetic set's images."""
-    with Image.open(next(Path(folder).glob("images/*.png"))) as picture:
-        return max(picture.size)
 
 
 def read_label_maps(folder, table, side):
@@ -250,28 +313,25 @@ def read_label_maps(folder, table, side):
         return None
     maps = []
     for name in table["label_map"]:
-        try:
-            mask = np.asarray(Image.open(Path(folder) / name))
-        except (OSError, UnidentifiedImageError) as error:
+        mask = _read_grey(Path(folder) / name)
+        if mask.max() > 3:
             raise DiffEchoError(
-                f"{Path(folder) / name}: label map named in metadata.csv, unreadable ({error})"
-            ) from None
-        if mask.ndim != 2 or mask.max() > 3:
-            raise DiffEchoError(
-                f"{Path(folder) / name}: no label map, of shape {mask.shape} with values up to "
-                f"{mask.max()}; expected (H, W) and labels 0 to 3"
+                f"{Path(folder) / name}: no label map, with values up to {mask.max()}; expected labels "
+                "0 to 3"
             )
-        maps.append(data.to_square(np.zeros(mask.shape), mask, (1.0, 1.0), side)[1])
+        maps.append(data.to_square(mask, mask, (1.0, 1.0), side)[1])
     return torch.stack(maps)
+
+
+def own_side(folder):
+    """Pixels of the longer side of a synthetic set's images."""
+    return max(_read_grey(next(Path(folder).glob("images/*.png"))).shape)
 
 
 def read_settings(folder):
     """The settings in a synthetic set's dataset.json; {} for a folder that has none."""
     path = Path(folder) / "dataset.json"
-    try:
-        return json.loads(path.read_text()).get("settings", {}) if path.is_file() else {}
-    except ValueError as error:
-        raise DiffEchoError(f"{path}: half-written ({error}); sampling.sample again") from None
+    return files.read_json(path, _REMEDY).get("settings", {}) if path.is_file() else {}
 
 
 def digest(generator):
@@ -305,107 +365,3 @@ def save_grey(pixels, path):
     """Write pixels (H, W) uint8 as a grey PNG, whole or not at all."""
     with files.draft(path) as beside:
         Image.fromarray(pixels).save(beside, format="PNG")
-
-
-def _claim(folder, described, with_masks):
-    """Make FOLDER this set's, or find that it is; DiffEchoError if it is another's."""
-    path = folder / "dataset.json"
-    text = json.dumps(described, indent=1) + "\n"
-    if path.exists():
-        try:
-            known = json.loads(path.read_text())
-        except ValueError as error:
-            raise DiffEchoError(
-                f"{path}: half-written ({error}); delete {folder} and sampling.sample again"
-            ) from None
-        old, new = known.get("settings", {}), json.loads(text)["settings"]
-        odd = sorted(name for name in old | new if old.get(name) != new.get(name))
-        if odd:
-            raise DiffEchoError(
-                f"{path}: made with other settings ({', '.join(odd)}); choose another folder, or "
-                "begin again with --restart (restart=True)"
-            )
-    for name in ("images", "label_maps") if with_masks else ("images",):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        files.write_text(path, text)
-
-
-def _lost(folder, metadata):
-    """Rows whose image or label map is not there."""
-    columns = [metadata["file_name"], metadata["label_map"]]
-    pairs = zip(*columns, strict=True)
-    return {i for i, pair in enumerate(pairs) if not all((folder / name).exists() for name in pair)}
-
-
-def _finish(folder, metadata, described):
-    """Card and metadata, once all is there; what a killed process left half-written is removed."""
-    for leftover in folder.glob("*/.*.png.*"):
-        leftover.unlink()
-    lost = _lost(folder, metadata)
-    if lost:
-        raise DiffEchoError(
-            f"{folder}: {len(lost)} of {len(metadata)} images are missing (first: "
-            f"{metadata['file_name'][min(lost)]}); was one of the processes stopped? Sample again"
-        )
-    files.write_text(folder / "README.md", _card(described))
-    files.write_text(folder / "metadata.csv", metadata.to_csv(index=False))
-
-
-_CITATIONS = {
-    "camus": "It derives from CAMUS, whose licence applies (scientific research only, same terms for"
-    " what is made from it). Cite S. Leclerc et al., Deep Learning for Segmentation using an Open"
-    " Large-Scale Dataset in 2D Echocardiography, IEEE Transactions on Medical Imaging 38(9), 2019,"
-    " doi:10.1109/TMI.2019.2900516.",
-    "phantom": "It derives from a procedural phantom only; do with it what you like.",
-}
-
-
-def _card(described):
-    """README.md of a synthetic set: what it is, how it was made, what it must not be used for."""
-    settings, counts = described["settings"], described["counts"]
-    worlds = {settings[name] for name in ("world", "masks_world") if settings.get(name)}
-    world = "camus" if "camus" in worlds else "phantom" if worlds == {"phantom"} else ""
-    licence = results.LICENCES.get(world)
-    citation = _CITATIONS.get(
-        world, "The licence is that of the data the generator was trained on."
-    )
-    rows = "\n".join(f"| {name} | {count} |" for name, count in counts.items())
-    made = "\n".join(f"| {name} | {value} |" for name, value in settings.items())
-    return f"""---
-license: {licence.lower() if licence else "other"}
-tags: [synthetic, medical, echocardiography]
----
-# Synthetic echocardiograms
-
-{sum(counts.values())} apical frames drawn by a diffusion model ({settings["model"]}). None was
-recorded from a patient. **For research and teaching. Not for clinical use.**
-
-| class | images |
-|---|---|
-{rows}
-
-- `images/`: 8-bit grey PNG. `label_maps/`, where there are any: the label maps the images were drawn
-  to, 0 background, 1 cavity of the left ventricle, 2 myocardium, 3 left atrium.
-- `metadata.csv`: one row an image: {", ".join(f"`{name}`" for name in METADATA)}.
-- `datasets.load_dataset("imagefolder", data_dir=FOLDER)` reads it, and so does
-  `diffecho_utils.synthetic.read`.
-
-## Licence and citation
-
-{licence or "Other"}. {citation}
-
-## How it was made
-
-By `python -m diffecho_utils sample`, with these settings (`dataset.json`); an image's seed fixes it:
-
-| setting | value |
-|---|---|
-{made}
-
-## What to keep in mind
-
-The images show what the generator learned: the patients, the scanner and the habits of one data set, and
-its mistakes. A label map says what was asked for, not what was drawn. A generator may remember training
-frames; the book's chapters look for copies.
-"""

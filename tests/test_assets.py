@@ -32,30 +32,22 @@ class Halving(SimpleHTTPRequestHandler):
     def copyfile(self, source, outputfile):
         """Sends half of a file that has a note `<name>.half` beside it."""
         content = source.read()
-        if Path(f"{source.name}.half").exists():
-            content = content[: len(content) // 2]
-        outputfile.write(content)
+        half = Path(f"{source.name}.half").exists()
+        outputfile.write(content[: len(content) // 2] if half else content)
 
 
-def kept(tmp_path):
-    return [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
-
-
-def test_checkpoint_is_fetched_once_and_loads(away, tmp_path):
+def test_checkpoint_is_fetched_once_and_loads_with_what_it_builds_on(away, tmp_path):
     folder = assets.checkpoint("camus", "classifier")
     assert folder == tmp_path / "cache" / "checkpoints" / "camus" / "classifier"
     checkpoints.load_network(folder)
+    assert checkpoints.load_generator(assets.checkpoint("phantom", "text-seg"))
+    there = {path.name for path in (tmp_path / "cache" / "checkpoints" / "phantom").iterdir()}
+    assert there == {"autoencoder", "clip", "text", "text-seg"}
     shutil.rmtree(away)
     assert assets.checkpoint("camus", "classifier") == folder, "not asked for again"
     assert assets.workspace() == tmp_path / "_build"
     with pytest.raises(DiffEchoError, match="no checkout"):
         assets.root()
-
-
-def test_checkpoint_comes_with_what_it_builds_on(away, tmp_path):
-    assert checkpoints.load_generator(assets.checkpoint("phantom", "text-seg"))
-    there = {path.name for path in (tmp_path / "cache" / "checkpoints" / "phantom").iterdir()}
-    assert there == {"autoencoder", "clip", "text", "text-seg"}
 
 
 def test_file_changed_in_the_cache_is_fetched_again(away):
@@ -65,12 +57,9 @@ def test_file_changed_in_the_cache_is_fetched_again(away):
     assert assets.record("phantom", "cpu", "checkpoints").read_bytes() == whole
 
 
-WEIGHTS = "checkpoints/camus/classifier/diffusion_pytorch_model.safetensors"
-
-
 @pytest.mark.parametrize("slip", ["damaged", "half sent", "missing"])
 def test_bad_file_is_said_and_not_kept(away, tmp_path, slip):
-    path = away / WEIGHTS
+    path = away / "checkpoints/camus/classifier/diffusion_pytorch_model.safetensors"
     if slip == "damaged":
         content = bytearray(path.read_bytes())
         content[1000] ^= 1
@@ -82,29 +71,24 @@ def test_bad_file_is_said_and_not_kept(away, tmp_path, slip):
     said = "damaged" if slip == "damaged" else "not fetched"
     with pytest.raises(DiffEchoError, match=f"{path.name}: .*{said}.*nothing was kept. Try again"):
         assets.checkpoint("camus", "classifier")
-    assert path.name not in [p.name for p in kept(tmp_path)]
-    assert not [p for p in kept(tmp_path) if "tmp" in p.name], "no half file"
+    kept = [file.name for file in (tmp_path / "cache").rglob("*") if file.is_file()]
+    assert path.name not in kept and not any("tmp" in name for name in kept), "no half file"
 
 
-def test_unreachable_server_is_said(away, monkeypatch):
+def test_unreachable_server_and_what_is_not_shipped_are_said(away, monkeypatch):
+    with pytest.raises(DiffEchoError, match=r"checkpoints/camus/video: not shipped.*'autoencoder'"):
+        assets.checkpoint("camus", "video")
     monkeypatch.setenv("DIFFECHO_DATA_URL", "http://127.0.0.1:9")
     with pytest.raises(DiffEchoError, match="http://127.0.0.1:9/.*not fetched"):
         assets.record("phantom", "cpu", "checkpoints")
-
-
-def test_what_is_not_shipped_is_said(away):
-    with pytest.raises(DiffEchoError, match=r"checkpoints/camus/video: not shipped.*'autoencoder'"):
-        assets.checkpoint("camus", "video")
 
 
 def test_registry_lists_what_is_tracked(tmp_path):
     root = assets.root()
     registry.write_registry(root / "data", tmp_path / "registry.txt")
     fresh = (tmp_path / "registry.txt").read_text()
-    advice = "run `make registry`"
-    assert assets.REGISTRY.read_text() == fresh, advice
+    assert assets.REGISTRY.read_text() == fresh, "run `make registry`"
     git = ["git", "-C", str(root), "ls-files", "data"]
     tracked = subprocess.run(git, capture_output=True, text=True).stdout.split()
     if tracked:  # a checkout with git
-        listed = {f"data/{line.split()[0]}" for line in fresh.splitlines()}
-        assert listed == set(tracked)
+        assert {f"data/{line.split()[0]}" for line in fresh.splitlines()} == set(tracked)

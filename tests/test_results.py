@@ -1,30 +1,17 @@
 """Records carry their provenance and are whole; shipped files are found or their absence is said."""
 
-import json
 import re
 
 import numpy as np
 import pytest
 
-from diffecho_utils import DiffEchoError, assets, camus, files, profiles, results
+from diffecho_utils import DiffEchoError, assets, camus, chapter, files, profiles, results
 
 
 def test_record_goes_out_and_comes_back(tmp_path):
-    values = {
-        "a": np.float32(1.5),
-        "list": np.arange(3),
-        "nan": float("nan"),
-        "flag": np.bool_(True),
-    }
-    path = results.save(
-        tmp_path / "new",
-        "name",
-        values,
-        world="camus",
-        profile="cpu",
-        command="make book",
-        seeds=[1, 2],
-    )
+    values = {"a": np.float32(1.5), "list": np.arange(3), "nan": np.nan, "flag": np.bool_(True)}
+    facts = {"world": "camus", "profile": "cpu", "command": "make book", "seeds": [1, 2]}
+    path = results.save(tmp_path / "new", "name", values, **facts)
     record = results.load(path)
     assert record["values"] == {"a": 1.5, "list": [0, 1, 2], "nan": None, "flag": True}
     assert record["seeds"] == [1, 2] and record["licence"] == "CC-BY-NC-SA-4.0"
@@ -48,28 +35,30 @@ def test_records_of_several_runs_are_told_as_one():
     second = first | dict(date="2026-11-23", commit="0000abc", seeds=[1])
     both = results.shared([first, second, first])
     assert both["commit"] == "0000abc, 0123abc" and both["date"] == "2026-11-22, 2026-11-23"
-    assert both["hardware"] == "a GPU"
+    assert both["hardware"] == "a GPU" and "seeds" not in both
     assert "commits 0000abc, 0123abc: `make book`" in results.describe(both)
-    assert "seeds" not in both
 
 
-def test_unusable_records_are_named(tmp_path):
-    with pytest.raises(DiffEchoError, match="no such record"):
-        results.load(tmp_path / "none.json")
-    (tmp_path / "half.json").write_text('{"name": ')
-    with pytest.raises(DiffEchoError, match="not a record"):
-        results.load(tmp_path / "half.json")
-    (tmp_path / "other.json").write_text(json.dumps({"name": "x"}))
-    with pytest.raises(DiffEchoError, match="lacks"):
-        results.load(tmp_path / "other.json")
+@pytest.mark.parametrize(
+    "text, said",
+    [(None, "no such record"), ('{"name": ', "not a record"), ('{"name": "x"}', "lacks")],
+)
+def test_unusable_records_are_named(tmp_path, text, said):
+    if text:
+        (tmp_path / "record.json").write_text(text)
+    with pytest.raises(DiffEchoError, match=f"record.json: {said}"):
+        results.load(tmp_path / "record.json")
 
 
-def test_captions_say_world_profile_and_command(phantom_root):
+@pytest.mark.parametrize("world, root", [("phantom", ""), ("camus", "DATA=/path/to/camus ")])
+def test_chapters_say_world_profile_and_command(phantom_root, tmp_path, world, root):
     table, profile = camus.read_table(phantom_root), profiles.get("smoke")
-    assert results.live(table, profile) == "Live: phantom, 10 patients, profile smoke"
-    assert results.book_command(table, profile) == "make book PROFILE=smoke"
-    table.attrs["world"] = "camus"
-    assert results.book_command(table, profile) == "make book DATA=/path/to/camus PROFILE=smoke"
+    table.attrs["world"] = world
+    assert chapter.live(table, profile) == f"Live: {world}, 10 patients, profile smoke"
+    chapter.save(tmp_path, "01", {"a": 1}, table, profile, seeds=[3])
+    record = results.load(tmp_path / "01.json")
+    assert record["command"] == f"make book {root}PROFILE=smoke" and record["seeds"] == [3]
+    assert record["world"] == world and record["values"] == {"a": 1}
 
 
 def test_shipped_files_are_found_and_missing_ones_said(tmp_path, monkeypatch):
