@@ -19,7 +19,7 @@ from torchmetrics.functional.image import (
 )
 from torchmetrics.image.fid import NoTrainInceptionV3
 
-from diffecho_utils import DiffEchoError, anatomy, camus, data
+from diffecho_utils import DiffEchoError, anatomy, assets, camus, checkpoints, data, models
 
 _MANIFOLD = ("precision", "recall", "density", "coverage")
 _SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # Wang et al. 2003
@@ -144,6 +144,27 @@ def spoilt(images):
         "a fifth darker": 0.8 * (images + 1) - 1,
         "every second one mirrored": torch.where(odd, images.flip(-1), images),
     }
+
+
+def feature_space(name, autoencoder=None, inception=None):
+    """A function of images to features, by the network called `name`, on the device there is.
+
+    "autoencoder", "classifier" and "clip" are the shipped ones, "inception" is `load_inception`'s;
+    autoencoder: another checkpoint's folder; inception: a file of weights.
+    """
+    if name == "inception":
+        network, see = load_inception(inception), inception_features
+    elif name == "clip":
+        network, see = checkpoints.load_clip(assets.checkpoint("camus", name))[0], clip_features
+    elif name == "classifier":
+        network, see = checkpoints.load_network(assets.checkpoint("camus", name)), network_features
+    else:
+        folder = autoencoder or assets.checkpoint("camus", name)
+        side = checkpoints.read_training(folder)["side"]
+        vae = checkpoints.load_autoencoder(folder).to(models.device())
+        return lambda images: features(vae, data.resized(images, side))
+    network = network.to(models.device())
+    return lambda images: see(network, images)
 
 
 def network_features(network, images, batch=64):
