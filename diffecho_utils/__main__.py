@@ -51,6 +51,7 @@ ANY_SPLIT = Literal[SPLIT, "all"]  # all: every patient, listed or not
 GENERATOR = Literal["unconditional", "text", "text-seg", "sdm"]
 MODEL = Literal["autoencoder", "clip", GENERATOR, "segmenter", "classifier"]
 FEATURES = Literal["autoencoder", "classifier", "clip", "inception"]
+RECIPE = ("batch", "accumulation", "learning_rate", "ema", "prediction", "snr_gamma")
 TEMPLATE = Literal["paper", "paper-seg", "random", "clinical"]  # prompts.TEMPLATES
 
 
@@ -135,6 +136,15 @@ def _frames(root, split, like, wanted=None, most=None):
             f"{root}: {found} patients in {split}, {wanted} were asked for; ask for fewer"
         )
     return frames
+
+
+def _save(file, values, root, profile, split, command, seeds=()):
+    """Write the record that `--json` names."""
+    from diffecho_utils import camus, results
+
+    made = {"world": camus.world(root), "profile": profile.name, "split": split, "seeds": seeds}
+    results.save(file.parent, file.stem, values, command=command, **made)
+    print(f"wrote {file}")
 
 
 @app.command("phantom")
@@ -253,13 +263,11 @@ def train_command(
 
     from diffecho_utils import assets, camus, profiles, results, training
 
-    profile, root = profiles.get(profile), _official(root)
-    sizes = {"stretched": stretch, "latent_channels": latent_channels}
-    sizes |= {"jittered_views": views, "patients": patients}
+    profile, root = replace(profiles.get(profile), stretched=stretch), _official(root)
+    sizes = {"latent_channels": latent_channels, "jittered_views": views, "patients": patients}
     profile = replace(profile, **{name: value for name, value in sizes.items() if value})
     profile = profiles.narrowed(profile, width) if width else profile
-    recipe = {"batch": batch, "accumulation": accumulation, "learning_rate": learning_rate}
-    recipe |= {"ema": ema, "prediction": prediction, "snr_gamma": snr_gamma}
+    recipe = {name: context.params[name] for name in RECIPE}
     profile = profiles.adapt(profile, model, steps=steps, **recipe)
     frames = _frames(root, split, profile, patients, profile.patients)
     missing = [name for i, name in enumerate(camus.CLASS_NAMES) if i not in frames.classes]
@@ -270,12 +278,9 @@ def train_command(
         name: needs[name] or assets.checkpoint(frames.table.attrs["world"], name)
         for name in training.builds_on(model, profile)
     }
-    run = {"needs": needs, "restart": restart, "seed": seed, "minutes": minutes, "start": start}
-    run |= {
-        "provenance": results.provenance(context.obj),
-        "cache_dir": assets.workspace() / "cache",
-    }
-    training.train(model, frames, profile, out, **run)
+    how = {"needs": needs, "restart": restart, "seed": seed, "minutes": minutes, "start": start}
+    made, cache = results.provenance(context.obj), assets.workspace() / "cache"
+    training.train(model, frames, profile, out, provenance=made, cache_dir=cache, **how)
     print(f"wrote {out}")
 
 
@@ -317,14 +322,24 @@ def sample_command(
     if masks:
         frames = _frames(_official(masks), split, generator, patients)
         classes = sorted(set(frames.classes.tolist()))
-        facts |= {"masks_world": frames.table.attrs["world"], "masks_split": split}
-        facts |= {"masks_patients": frames.table["patient"].nunique()}
+        world, names = frames.table.attrs["world"], frames.table["patient"].unique()
+        facts |= {"masks_world": world, "masks_split": split, "masks_patients": len(names)}
     table, maps = synthetic.plan(model, n, frames, template, classes)
-    run = {"seed": seed, "solver": solver, "guidance_interval": guidance_interval, "facts": facts}
-    run |= {"guidance": generator.guidance if guidance is None else guidance}
-    run |= {"progress": _progress if state.is_main_process else None}
-    run |= {"batch": batch, "restart": restart}
-    synthetic.write(generator.to(state.device), out, table, maps, steps, **run)
+    synthetic.write(
+        generator.to(state.device),
+        out,
+        table,
+        maps,
+        steps,
+        seed=seed,
+        guidance=generator.guidance if guidance is None else guidance,
+        guidance_interval=guidance_interval,
+        solver=solver,
+        facts=facts,
+        progress=_progress if state.is_main_process else None,
+        batch=batch,
+        restart=restart,
+    )
     if state.is_main_process:
         names = ", ".join(camus.CLASS_NAMES[index] for index in classes)
         print(f"wrote {len(table)} images, {n} of each class ({names}), to {out}")
@@ -344,7 +359,7 @@ def evaluate_command(
     figure: place("draw it: .png, .pdf or .svg", metavar="FILE") = None,
 ):
     """Compare a synthetic set with the frames of a CAMUS folder."""
-    from diffecho_utils import camus, downstream, metrics, plots, profiles, results
+    from diffecho_utils import downstream, metrics, plots, profiles
 
     if figure and figure.suffix not in (".png", ".pdf", ".svg"):
         raise DiffEchoError(f"{figure}: a figure ends in one of .png .pdf .svg")
@@ -358,9 +373,7 @@ def evaluate_command(
         few = values.index[values["precision"].isna()]
         print(f"{', '.join(few)}: fewer than the 6 images that precision and its like need")
     if record:
-        made = {"world": camus.world(root), "profile": profile.name, "split": split}
-        made |= {"command": context.obj}
-        results.save(record.parent, record.stem, values.to_dict("index"), **made)
+        _save(record, values.to_dict("index"), root, profile, split, context.obj)
     if figure:
         drawn = plots.panel(values)
         drawn.suptitle(title)
@@ -393,7 +406,7 @@ def downstream_command(
     record: RECORD = None,
 ):
     """Train and score networks with and without synthetic frames."""
-    from diffecho_utils import data, downstream, profiles, results, runs, synthetic
+    from diffecho_utils import data, downstream, profiles, runs, synthetic
 
     if alone and not drawn:
         raise DiffEchoError("--synthetic-only trains on a set; name one with --synthetic DIR")
@@ -405,23 +418,26 @@ def downstream_command(
         if task == "segmentation":
             downstream.check_label_maps(added, drawn)
     real = _frames(root, train_split, geometry, patients, profile.patients)
-    test_root = _official(test_root) if test_root else root
-    test = _frames(test_root, test_split, geometry, most=profile.patients)
+    test = _frames(_official(test_root or root), test_split, geometry, most=profile.patients)
     downstream.check_apart(real.table, test.table)
     settings = {"network": network, "pretrained": pretrained}
-    if task == "segmentation":
-        settings = {"recipe": recipe}
-    settings |= data.STILL if no_augmentation else {}
-    settings |= {"steps": steps, "seeds": seeds, "match_epochs": match_epochs}
-    settings |= {"drawn": added, "share": None if alone else share}
-    done = downstream.arm(arm, task, real, test, profile, **settings)
+    lengths = {"seeds": seeds, "steps": steps, "match_epochs": match_epochs}
+    done = downstream.arm(
+        arm,
+        task,
+        real,
+        test,
+        profile,
+        drawn=added,
+        share=None if alone else share,
+        **lengths,
+        **({"recipe": recipe} if task == "segmentation" else settings),
+        **(data.STILL if no_augmentation else {}),
+    )
     print(runs.summary(done).T.to_string(float_format="{:.3f}".format))
     if record:
-        made = {"world": real.table.attrs["world"], "profile": profile.name, "split": test_split}
-        made |= {"seeds": range(seeds), "command": context.obj}
         values = {"version": downstream.RUN_VERSION, "arm": arm, "runs": done}
-        results.save(record.parent, record.stem, values, **made)
-        print(f"wrote {record}")
+        _save(record, values, root, profile, test_split, context.obj, range(seeds))
 
 
 if __name__ == "__main__":
