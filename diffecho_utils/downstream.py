@@ -16,12 +16,15 @@ from torchmetrics.functional import classification as scoring
 from diffecho_utils import (
     DiffEchoError,
     anatomy,
+    assets,
     backbones,
     camus,
+    checkpoints,
     data,
     metrics,
     models,
     objectives,
+    synthetic,
     training,
 )
 
@@ -53,6 +56,43 @@ def with_synthetic(real, drawn, share, seed=0):
         rows.append(rng.permutation(there)[:wanted])
     keep = np.isin(np.arange(len(drawn)), np.concatenate(rows))
     return data.joined(real, drawn.where(keep))
+
+
+def arm(
+    name,
+    task,
+    real,
+    test,
+    profile,
+    *,
+    drawn=None,
+    share=1.0,
+    seeds=1,
+    steps=None,
+    match_epochs=False,
+    **settings,
+):
+    """An arm of an experiment: runs of the seeds 0, 1, ..., each with `name` as its "arm".
+
+    They learn from `real`, with `share` frames of a synthetic set (`drawn`, data.Frames) for each
+    real one, or, where share is None, from the set alone. All arms make the same number of steps, by
+    default the recipe's, unless `match_epochs` wants more for more frames. task: "segmentation" or
+    "classification"; `settings` go to `segmentation_run` or `classification_run`.
+    """
+    run, recipe = {
+        "segmentation": (segmentation_run, profile.segmenter),
+        "classification": (classification_run, profile.classifier),
+    }[task]
+    steps, runs = steps or recipe.steps, []
+    for seed in range(seeds):
+        frames = real if drawn is None else drawn
+        if drawn is not None and share is not None:
+            frames = with_synthetic(real, drawn, share, seed)
+        planned = round(steps * len(frames) / len(real)) if match_epochs else steps
+        print(f"{name}, seed {seed}: {len(frames)} frames")
+        made = run(frames, test, profile, seed=seed, steps=planned, **settings)
+        runs.append(made | {"arm": name})
+    return runs
 
 
 def check_apart(training_rows, test_rows):
@@ -355,3 +395,49 @@ def read_by_judges(judges, images, classes, masks=None):
             found["area_error"] = 100 * np.abs(drawn - asked).mean() / asked.mean()
         scores.append(found)
     return pd.DataFrame(scores).to_dict("list")
+
+
+def evaluate(folder, root, split, see, patients=None):
+    """How near the synthetic set in `folder` comes to real frames: a table, a row a class, "all" last.
+
+    `metrics.panel` of the features see(images) (`metrics.feature_space`): the reference are the
+    training frames of the CAMUS folder `root`, the floor is that of its frames of `split`, of at most
+    `patients` patients each. Beside it `read_by_judges` of the set and, as <name>_floor, of the
+    frames of `split`; the judges are the shipped ones. Raises DiffEchoError for a set or a split
+    that lacks a class, and for images that nothing can be said about.
+    """
+    images, table = synthetic.read(folder)
+    geometry = data.Geometry(images.shape[-1], table.attrs["stretched"])
+    reference, held_out = (
+        data.open_frames(root, part, geometry, patients) for part in ("training", split)
+    )
+    for name, rows in ((folder, table), ("training", reference.table), (split, held_out.table)):
+        there = set(camus.class_index(rows))
+        lost = [kind for index, kind in enumerate(camus.CLASS_NAMES) if index not in there]
+        if lost:
+            raise DiffEchoError(
+                f"{name}: no frames of {', '.join(lost)}, and the classes are compared one by one; take a "
+                "folder and a set with all four (training and sampling do with fewer)"
+            )
+    metrics.check_images(images, names=[f"{folder}/{name}" for name in table["file_name"]])
+    masks = synthetic.read_label_maps(folder, table, geometry.side)
+    classes, real_classes = camus.class_index(table), held_out.classes.numpy()
+    values = metrics.panel(
+        see(images),
+        classes,
+        see(reference.images),
+        reference.classes.numpy(),
+        see(held_out.images),
+        real_classes,
+        held_out.table["patient"].to_numpy(),
+    )
+    judges = [
+        checkpoints.load_network(assets.checkpoint("camus", name)).to(models.device())
+        for name in ("segmenter", "classifier")
+    ]
+    truth = None if masks is None else held_out.masks
+    mine = read_by_judges(judges, images, classes, masks)
+    real = read_by_judges(judges, held_out.images, real_classes, truth)
+    for score in mine:
+        values[score], values[f"{score}_floor"] = mine[score], real[score]
+    return values

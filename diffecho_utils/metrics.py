@@ -17,7 +17,7 @@ from torchmetrics.functional.image import (
 )
 from torchmetrics.image.fid import NoTrainInceptionV3
 
-from diffecho_utils import DiffEchoError, camus, data
+from diffecho_utils import DiffEchoError, assets, camus, checkpoints, data, models
 
 _SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # Wang et al. 2003
 
@@ -96,6 +96,27 @@ def features(vae, images, grid=4):
 def latent_features(latents, grid=4):
     """`features` of images whose latents are known: (N, C, h, w) -> (N, C * grid**2) float64."""
     return F.adaptive_avg_pool2d(latents, grid).flatten(1).double().numpy()
+
+
+def feature_space(name, autoencoder=None, inception=None):
+    """A function of images to features, by the network called `name`, on the device there is.
+
+    "autoencoder", "classifier" and "clip" are the shipped ones, "inception" is `load_inception`'s;
+    autoencoder: another checkpoint's folder; inception: a file of weights.
+    """
+    if name == "inception":
+        network, see = load_inception(inception), inception_features
+    elif name == "clip":
+        network, see = checkpoints.load_clip(assets.checkpoint("camus", name))[0], clip_features
+    elif name == "classifier":
+        network, see = checkpoints.load_network(assets.checkpoint("camus", name)), network_features
+    else:
+        folder = autoencoder or assets.checkpoint("camus", name)
+        side = checkpoints.read_training(folder)["side"]
+        vae = checkpoints.load_autoencoder(folder).to(models.device())
+        return lambda images: features(vae, data.resized(images, side))
+    network = network.to(models.device())
+    return lambda images: see(network, images)
 
 
 def network_features(network, images):

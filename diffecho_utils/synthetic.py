@@ -41,7 +41,9 @@ def plan(model, count, frames=None, template=None, classes=(0, 1, 2, 3)):
     conditions, masks = sampling.CONDITIONS[model], None
     if "masks" in conditions:
         rows = _rows(model, count, frames, classes)
-        known = prompts.facts(frames.masks, frames.table) if "prompts" in conditions else frames.table
+        known = (
+            prompts.facts(frames.masks, frames.table) if "prompts" in conditions else frames.table
+        )
         table, masks = known.iloc[rows].reset_index(drop=True), frames.masks[rows]
     else:
         pairs = [camus.CLASSES[index] for index in np.repeat(classes, count)]

@@ -5,6 +5,9 @@ import functools
 import json
 import os
 import shutil
+import subprocess
+import sys
+import sysconfig
 import textwrap
 import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -51,6 +54,21 @@ def serve():
             server.shutdown()
 
     return serve
+
+
+def outside():
+    """The environment's variables without what leads to the checkout."""
+    hidden = ("PYTHONPATH", "DIFFECHO_")
+    return {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
+
+
+def environment(folder, packages=True):
+    """A new Python environment in `folder`, with the packages there are here: (python, site-packages)."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    (site,) = folder.glob("lib/python*/site-packages")
+    if packages:
+        (site / "already_there.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return folder / "bin" / "python", site
 
 
 @pytest.fixture(scope="session")

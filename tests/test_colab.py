@@ -1,23 +1,15 @@
 """The chapters as on Colab: the installed wheel, an empty folder, no repository, assets over the network."""
 
-import os
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 import nbformat
 import pytest
+from conftest import environment, outside
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-
-
-@pytest.fixture(scope="module")
-def served(serve):
-    """Address of a server of the checkout's data/, in place of the repository's."""
-    with serve(ROOT / "data") as address:
-        yield address
 
 
 @pytest.fixture(scope="module")
@@ -25,48 +17,26 @@ def python(tmp_path_factory):
     """A fresh environment with the wheel; other packages are there already, as on Colab."""
     folder = tmp_path_factory.mktemp("colab")
     build = "import sys; from flit_core import buildapi; print(buildapi.build_wheel(sys.argv[1]))"
-    made = [sys.executable, "-c", build, folder]
-    wheel = subprocess.run(
-        made, cwd=ROOT, check=True, capture_output=True, text=True
-    ).stdout.strip()
-    environment = folder / "environment"
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
-    python = environment / "bin" / "python"
-    (site,) = environment.glob("lib/python*/site-packages")
-    (site / "already_there.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    made = subprocess.check_output([sys.executable, "-c", build, folder], cwd=ROOT, text=True)
+    python, _ = environment(folder / "environment")
     pip = [sys.executable, "-m", "pip", "--python", python, "--disable-pip-version-check"]
-    options = ["install", "--quiet", "--no-index", "--no-deps", folder / wheel]
-    subprocess.run([*pip, *options], check=True, env=clean())
+    options = ["install", "--quiet", "--no-index", "--no-deps", folder / made.strip()]
+    subprocess.run([*pip, *options], check=True, env=outside())
     return python
 
 
 @pytest.fixture(scope="module")
-def colab(tmp_path_factory, python, served):
-    """Runs a command of the environment in an empty folder that all chapters share."""
-    place = tmp_path_factory.mktemp("content")
-    environment = clean() | {
-        "DIFFECHO_DATA_URL": served,
-        "DIFFECHO_CACHE": str(tmp_path_factory.mktemp("cache")),
-        "IPYTHONDIR": str(tmp_path_factory.mktemp("ipython")),
-        "HF_HUB_OFFLINE": "1",
-    }
+def colab(tmp_path_factory, python, serve):
+    """Runs a command of the environment in an empty folder that all chapters share.
 
-    def run(*command):
-        command = [python, *command]
-        return subprocess.run(
-            command, cwd=place, env=environment, capture_output=True, text=True, timeout=900
-        )
-
-    return run
-
-
-def clean():
-    """The environment without what leads to the checkout."""
-    return {
-        name: value
-        for name, value in os.environ.items()
-        if name != "PYTHONPATH" and not name.startswith("DIFFECHO_")
-    }
+    The checkout's data/ is served in place of the repository's.
+    """
+    place, cache, ipython = (tmp_path_factory.mktemp(n) for n in ("content", "cache", "ipython"))
+    with serve(ROOT / "data") as address:
+        variables = {"DIFFECHO_DATA_URL": address, "DIFFECHO_CACHE": str(cache)}
+        variables |= outside() | {"IPYTHONDIR": str(ipython), "HF_HUB_OFFLINE": "1"}
+        how = {"cwd": place, "env": variables, "capture_output": True, "text": True}
+        yield lambda *command: subprocess.run([python, *command], **how, timeout=900)
 
 
 def test_package_is_the_installed_one(colab, python):
@@ -83,12 +53,7 @@ def test_chapter_runs_without_a_checkout(path, colab, trial, tmp_path):
     ran = colab("-m", "papermill", copy, out, *options)
     assert ran.returncode == 0, ran.stderr[-3000:]
     notebook = nbformat.read(out, as_version=4)
-    images = [
-        output
-        for cell in notebook.cells
-        for output in cell.get("outputs", [])
-        if "image/png" in output.get("data", {})
-    ]
-    assert len(images) > 3
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) > 3
     del notebook.metadata["papermill"]  # names the file that was read
     assert str(ROOT) not in nbformat.writes(notebook), "nothing of the checkout was used"

@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 import tomllib
 import zipfile
 from importlib import metadata
@@ -16,6 +15,7 @@ import course
 import nbformat
 import pytest
 import yaml
+from conftest import environment, outside
 
 from diffecho_utils import __version__
 
@@ -52,9 +52,8 @@ def said(at, cwd):
     code = (
         "from diffecho_utils import assets, results; print(results.code()); print(assets.address())"
     )
-    clean = {name: value for name, value in os.environ.items() if "DIFFECHO" not in name}
-    python = [sys.executable, "-c", code]
-    return run(*python, cwd=cwd, env=clean | {"PYTHONPATH": str(at)}).splitlines()
+    variables = outside() | {"PYTHONPATH": str(at)}
+    return run(sys.executable, "-c", code, cwd=cwd, env=variables).splitlines()
 
 
 def package(folder):
@@ -111,21 +110,17 @@ def test_first_cell_installs_the_commit_it_names_and_says_so(checkout, tmp_path,
     archive.parent.mkdir(parents=True)
     form = ["--format=zip", f"--prefix=diffecho-book-{name}/", f"--output={archive}"]
     run("git", "-C", root, "archive", *form, "HEAD")
-    environment = tmp_path / "environment"
-    run(sys.executable, "-m", "venv", "--without-pip", environment)
-    (site,) = environment.glob("lib/python*/site-packages")
-    (site / "already_there.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    python, site = environment(tmp_path / "environment")
     notebook = nbformat.read(ROOT / "notebooks" / "01_camus_data.ipynb", as_version=4)
     assert course.pin(notebook, name)
     cell = next(cell.source for cell in notebook.cells if cell.cell_type == "code")
     pip = {"PIP_NO_DEPS": "1", "PIP_NO_BUILD_ISOLATION": "0", "PIP_NO_INDEX": "1"}
     pip |= {"IPYTHONDIR": str(tmp_path / "ipython"), "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
-    clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH" and "DIFFECHO" not in k}
     with serve(tmp_path / "site") as address:
-        ipython = [environment / "bin" / "python", "-m", "IPython", "--colors=NoColor", "-c"]
+        ipython = [python, "-m", "IPython", "--colors=NoColor", "-c"]
         source = cell.replace(ADDRESS, address)
         assert source != cell
-        told = run(*ipython, source, cwd=tmp_path, env=clean | pip)
+        told = run(*ipython, source, cwd=tmp_path, env=outside() | pip)
     assert f"diffecho_utils {__version__}, commit {name[:7]}" in told.splitlines()
     assert f"/{name}/data" in said(site, tmp_path)[1]
 
@@ -199,9 +194,7 @@ def needed(names):
 
 def installed(folder, present):
     """What pip would install of the package: {name: version}. Everything is offered in a newer version, too."""
-    environment, offered = folder / "environment", folder / "offered"
-    run(sys.executable, "-m", "venv", "--without-pip", environment)
-    (site,) = environment.glob("lib/python*/site-packages")
+    offered, (python, site) = folder / "offered", environment(folder / "environment", False)
     offered.mkdir()
     for name, version in present.items():
         note = site / f"{name.replace('-', '_')}-{version}.dist-info" / "METADATA"
@@ -211,7 +204,7 @@ def installed(folder, present):
     for name, (version, needs) in needed(MISSING).items():
         wheel(offered, name, version, needs)
     ours = wheel(folder, "diffecho-utils", __version__, DEPENDENCIES)
-    pip = [sys.executable, "-m", "pip", "--python", environment / "bin" / "python", "install"]
+    pip = [sys.executable, "-m", "pip", "--python", python, "install"]
     pip += ["--dry-run", "--quiet", "--report=-", "--no-index", "--find-links", offered, ours]
     clean = {name: value for name, value in os.environ.items() if not name.startswith("PIP_")}
     report = json.loads(run(*pip, cwd=folder, env=clean))
