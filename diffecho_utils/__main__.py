@@ -104,7 +104,7 @@ def _line(words):
     return f"{PROGRAM} {shlex.join(named)}"
 
 
-def _progress(done, total, unit=""):
+def _progress(done, total, unit):
     """What is done of a long command: one line of a terminal, rewritten; elsewhere its end alone."""
     terminal = sys.stderr.isatty()
     if terminal or done == total:
@@ -263,7 +263,7 @@ def train_command(
 
     from diffecho_utils import assets, camus, profiles, results, training
 
-    profile, root = replace(profiles.get(profile), stretched=stretch), _official(root)
+    root, profile = _official(root), replace(profiles.get(profile), stretched=stretch)
     sizes = {"latent_channels": latent_channels, "jittered_views": views, "patients": patients}
     profile = replace(profile, **{name: value for name, value in sizes.items() if value})
     profile = profiles.narrowed(profile, width) if width else profile
@@ -363,7 +363,7 @@ def evaluate_command(
 
     if figure and figure.suffix not in (".png", ".pdf", ".svg"):
         raise DiffEchoError(f"{figure}: a figure ends in one of .png .pdf .svg")
-    profile, root = profiles.get(profile), _official(root)
+    root, profile = _official(root), profiles.get(profile)
     see = metrics.feature_space(features, autoencoder, inception)
     values = downstream.evaluate(synthetic, root, split, see, profile.patients)
     title = f"{synthetic.name}: {values['n']['all']:g} images, features of the {features}"
@@ -410,7 +410,7 @@ def downstream_command(
 
     if alone and not drawn:
         raise DiffEchoError("--synthetic-only trains on a set; name one with --synthetic DIR")
-    profile, root = profiles.get(profile), _official(root)
+    root, profile = _official(root), profiles.get(profile)
     arm, geometry, added = "real", data.Geometry(profile.side, stretch), None
     if drawn:
         arm = f"{drawn.name} alone" if alone else f"real + {share:g} {drawn.name}"
