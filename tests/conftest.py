@@ -153,6 +153,7 @@ def trained(smoke, frames, tmp_path_factory):
     return folders
 
 
+@pytest.fixture(scope="session")
 def as_set(frames):
     """`as_set(folder, rows)`: these frames of the phantom as `sample` would have drawn them; the folder."""
 
