@@ -181,7 +181,7 @@ def build_scheduler(prediction="v_prediction"):
     )
 
 
-def build_tokenizer(texts, size=1000):
+def build_tokenizer(texts, size=1000, length=TOKENS):
     """CLIPTokenizer whose byte-pair merges were learned on `texts`: any word can be spelled with it.
 
     Byte-pair encoding (Sennrich et al. 2016): the most frequent pair of neighbours becomes a token, up to
@@ -208,7 +208,7 @@ def build_tokenizer(texts, size=1000):
         for symbols in spelled.values():
             _merge(symbols, best)
     vocabulary = {token: index for index, token in enumerate(known)}
-    return transformers.CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=TOKENS)
+    return transformers.CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=length)
 
 
 def _merge(symbols, pair):
@@ -221,8 +221,8 @@ def _merge(symbols, pair):
 
 
 def tokens(tokenizer, texts):
-    """(N, L) int64 ids of N texts in lower case, each padded or cut to `TOKENS`."""
-    settings = {"padding": "max_length", "max_length": TOKENS, "truncation": True}
+    """(N, L) int64 ids of N texts in lower case, each padded or cut to what the tokenizer takes."""
+    settings = {"padding": "max_length", "truncation": True}
     lower = [text.lower() for text in texts]
     return tokenizer(lower, return_tensors="pt", **settings).input_ids
 
