@@ -19,8 +19,10 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from diffusers.utils import convert_state_dict_to_diffusers
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from peft import LoraConfig, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -38,7 +40,7 @@ _OTHERS = {
     2048: "Stable Diffusion XL",
 }  # by the width of their prompts
 _OFFLINE = "; without network copy the pipeline's folder here and name it with --base FOLDER"
-LORA_LAYERS = ("to_q", "to_k", "to_v", "to_out.0")  # of every attention
+LORA_LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]  # of every attention
 
 
 def folder_of(name, say=print):
@@ -162,6 +164,33 @@ def load_scheduler(folder):
     return DDPMScheduler.from_pretrained(
         folder, subfolder="scheduler", timestep_spacing="trailing", clip_sample=False
     )
+
+
+class Lora:
+    """Low-rank additions to a UNet's attention (Hu et al. 2022), the only weights of it that are trained.
+
+    Saved as diffusers' `pytorch_lora_weights.safetensors`, which `StableDiffusionPipeline.load_lora_weights` reads.
+    """
+
+    def __init__(self, unet, rank):
+        self.unet = unet
+        unet.requires_grad_(False)
+        unet.add_adapter(
+            LoraConfig(
+                r=rank, lora_alpha=rank, target_modules=LORA_LAYERS, init_lora_weights="gaussian"
+            )
+        )
+
+    def save_pretrained(self, folder):
+        """Write what was added, and no more, into `folder`."""
+        added = convert_state_dict_to_diffusers(get_peft_model_state_dict(self.unet))
+        StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=added)
+
+
+def take_lora(unet, folder):
+    """Add to the base's `unet` what `Lora` saved in `folder`; returns it."""
+    unet.load_lora_adapter(folder, weight_name="pytorch_lora_weights.safetensors", prefix="unet")
+    return unet
 
 
 def tiny(folder, side=64):
