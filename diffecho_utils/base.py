@@ -8,6 +8,7 @@ Nothing of ours stands in for any of them. Grey frames go into its autoencoder a
 back as the mean of three (`data.encode`, `data.decode`).
 """
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -40,6 +41,7 @@ _OTHERS = {
     2048: "Stable Diffusion XL",
 }  # by the width of their prompts
 _OFFLINE = "; without network copy the pipeline's folder here and name it with --base FOLDER"
+LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 LORA_LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]  # of every attention
 
 
@@ -138,6 +140,15 @@ def _read(folder, path):
         raise DiffEchoError(f"{folder / path}: half-written ({error}); fetch it again") from None
 
 
+def digest(folder):
+    """SHA-256 of the weights of the base in `folder`."""
+    content = hashlib.sha256()
+    for path in WEIGHTS.values():
+        with open(Path(folder) / path, "rb") as file:
+            content.update(hashlib.file_digest(file, "sha256").digest())
+    return content.hexdigest()
+
+
 def load(folder, part):
     """The `part` of the base in `folder`, float32, in evaluation mode: one of `NETWORKS`."""
     how = {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
@@ -189,7 +200,7 @@ class Lora:
 
 def take_lora(unet, folder):
     """Add to the base's `unet` what `Lora` saved in `folder`; returns it."""
-    unet.load_lora_adapter(folder, weight_name="pytorch_lora_weights.safetensors", prefix="unet")
+    unet.load_lora_adapter(folder, weight_name=LORA_WEIGHTS, prefix="unet")
     return unet
 
 

@@ -102,12 +102,7 @@ def build_unconditional(profile):
 
 
 def build_text_unet(profile):
-    """UNet2DConditionModel: cross-attention to the tokens of a prompt at every level but the first.
-
-    Profile paper: Stable Diffusion's own, from a local folder or the Hub.
-    """
-    if profile.pretrained:
-        return diffusers.UNet2DConditionModel.from_pretrained(profile.pretrained, subfolder="unet")
+    """UNet2DConditionModel: cross-attention to the tokens of a prompt at every level but the first."""
     return _unet(
         diffusers.UNet2DConditionModel,
         profile.side // autoencoder_factor(profile),
@@ -134,15 +129,15 @@ def _unet(network, side, inputs, channels, down, **settings):
     )
 
 
-def build_controlnet(unet):
+def build_controlnet(unet, hint=(8, 16, 32, 64)):
     """ControlNetModel: a trainable copy of the text model's encoder, joined by zero convolutions.
 
     The control image has three channels, red the LV cavity, green the myocardium, blue the atrium,
-    so that stock pipelines take a label map as an RGB picture. Its hint network is half as wide as is
-    usual: it works at the resolution of images, and would take half of the training's time.
+    so that stock pipelines take a label map as an RGB picture. hint: channels of the network that reads
+    it, by default half as many as is usual: at the resolution of images it would take half of the time.
     """
     return diffusers.ControlNetModel.from_unet(
-        unet, conditioning_channels=3, conditioning_embedding_out_channels=(8, 16, 32, 64)
+        unet, conditioning_channels=3, conditioning_embedding_out_channels=hint
     )
 
 

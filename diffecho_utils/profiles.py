@@ -60,7 +60,7 @@ class Profile:
     live_steps: int  # training steps that a chapter runs while you read
     samples: int  # images that a chapter generates for its figures and metrics
     sampling_steps: int
-    pretrained: str | None  # Stable Diffusion's weights: a local folder or a name on the Hub
+    base: str | None  # a Stable Diffusion 1.x to fine-tune (`base`); None: networks of our own
     unconditional_pixels: int | None  # side of unconditional models that diffuse pixels
     stretched: bool = False  # frames to the square, or padded to it
     phantom_seed: int = 2024
@@ -85,7 +85,7 @@ _TABLE = {
     "samples": (16, 200, 1000, 2000),
     "sampling_steps": (4, 20, 20, 1000),
     "unconditional_pixels": (None, None, None, 128),
-    "pretrained": (None, None, None, "stable-diffusion-v1-5/stable-diffusion-v1-5"),
+    "base": (None, None, None, "stable-diffusion-v1-5/stable-diffusion-v1-5"),
     "clip_width": (32, 128, 256, 768),
     "clip_layers": (1, 3, 4, 12),
     "autoencoder_channels": (

@@ -32,6 +32,7 @@ from torch.optim.swa_utils import update_bn
 
 from diffecho_utils import (
     DiffEchoError,
+    base,
     camus,
     checkpoints,
     data,
@@ -58,6 +59,10 @@ MODELS = {
     "segmenter": (),
     "classifier": (),
 }
+ON_A_BASE = {
+    "text": "paper",
+    "text-seg": "paper-seg",
+}  # and what these read there: the paper's prompts
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,7 @@ def train(
     say=print,
     provenance=None,
     cache_dir=None,
+    lora=None,
     **settings,
 ):
     """Train `model`, one of `MODELS`, on `frames` (data.Frames) and save it in `folder`.
@@ -93,17 +99,25 @@ def train(
     from, as fine-tuning does: its weights that have the name and the shape of this model's; default:
     random weights. minutes: as many steps as fit, by the speed of the first ones, instead of the
     recipe's; for a model of several stages, of each. A run that was interrupted in `folder` goes on, if it
-    is this one; restart: it is thrown away. say: is given a line of text now and then. `settings` go to
-    the objective. Returns the log, a DataFrame with a row every few steps and the column stage. Raises
+    is this one; restart: it is thrown away. say: is given a line of text now and then. lora: rank of
+    the low-rank additions that are trained instead of a base's whole UNet (text). `settings` go to the
+    objective; templates (text, text-seg): which prompts are read. Returns the log, a DataFrame with a row every few steps and the column stage. Raises
     DiffEchoError for what is missing, and where `folder` holds a run that was made from other things.
     """
     folder, needs = Path(folder), _wanted(model, profile, needs or {})
     started_from = start and checkpoints.read_training(start)
-    facts = _facts(model, frames, profile, seed)
+    facts, at = _facts(model, frames, profile, seed), None
+    if profile.base and model in ON_A_BASE:
+        at = base.folder_of(profile.base, say)
+        facts |= {"base": {"name": str(profile.base), "sha256": base.digest(at)}, "lora": lora}
+    elif lora:
+        raise DiffEchoError(
+            "LoRA adds to a base's UNet; name one with --base, or a profile that has one"
+        )
     origin = facts | _origin(frames, needs, start, settings)
     torch.manual_seed(seed)
     parts, logs, recipes = [], [], {}
-    for stage in _stages(model, frames, profile, needs, seed, cache_dir, settings):
+    for stage in _stages(model, frames, profile, needs, at, lora, seed, cache_dir, settings):
         state, recipe = folder / "state" / f"{stage.name}.safetensors", stage.recipe
         for subfolder, part in stage.parts:
             if start is not None and isinstance(part, nn.Module):
@@ -131,9 +145,9 @@ def train(
 
 
 def builds_on(model, profile):
-    """Names of the checkpoints that `model` needs in this profile: models of pixels need none."""
+    """Names of the checkpoints that `model` needs in this profile: none in pixels, none on a base."""
     in_pixels = model == "unconditional" and profile.unconditional_pixels
-    return () if in_pixels else MODELS[model]
+    return () if in_pixels or (profile.base and model in ON_A_BASE) else MODELS[model]
 
 
 def _wanted(model, profile, needs):
@@ -189,7 +203,7 @@ def _told(log):
     }
 
 
-def _stages(model, frames, profile, needs, seed, cache_dir, settings):
+def _stages(model, frames, profile, needs, at, lora, seed, cache_dir, settings):
     """The stages of `model`: generated one by one, as a later one may need what an earlier one trained."""
     if model == "autoencoder":
         return _autoencoder(frames, profile, settings)
@@ -197,7 +211,9 @@ def _stages(model, frames, profile, needs, seed, cache_dir, settings):
         return _clip(frames, profile, settings)
     if model in ("segmenter", "classifier"):
         return _judge(model, frames, profile, settings)
-    if needs:
+    if at is not None:
+        vae = base.load(at, "vae").to(models.device())
+    elif needs:
         folder = needs.get("autoencoder") or checkpoints.needed(needs["text"], "autoencoder")
         vae = checkpoints.load_autoencoder(folder).to(models.device())
         _check_latents(vae, folder, frames, profile)
@@ -209,6 +225,8 @@ def _stages(model, frames, profile, needs, seed, cache_dir, settings):
         return _unconditional(frames, profile, views, settings)
     if model == "sdm":
         return _sdm(profile, views, settings)
+    if at is not None:
+        return _text_on_base(model, frames, profile, views, at, lora, settings)
     return _text(model, frames, profile, views, needs, settings)
 
 
@@ -267,12 +285,9 @@ def _sdm(profile, views, settings):
 
 def _text(model, frames, profile, views, needs, settings):
     """The text model; or, on the frozen one in the folder needs["text"], its ControlNet."""
-    settings = dict(settings)
-    texts, ids = data.prompt_table(frames, settings.pop("templates", TRAINING_PROMPTS))
-    tensors = {"latents": views["latents"]}
-    tensors["prompts"] = ids.repeat(len(views["latents"]) // len(frames), 1)
+    texts, tensors = _told_of(frames, views, settings.pop("templates", TRAINING_PROMPTS))
     if model == "text":
-        encoder = checkpoints.TextEncoder(needs["clip"])
+        encoder = checkpoints.load_text_encoder(needs["clip"])
         unet, recipe = models.build_text_unet(profile), profile.text
         denoiser, scheduler = models.TextGuided(unet), models.build_scheduler(recipe.prediction)
         parts = [("unet", unet), ("scheduler", scheduler)]
@@ -285,6 +300,30 @@ def _text(model, frames, profile, views, needs, settings):
         tensors["masks"], parts = views["masks"], [("controlnet", controlnet)]
     objective = _diffusion(denoiser, scheduler, recipe, settings, encoder(texts))
     yield Stage(model, objective, tensors, recipe, parts)
+
+
+def _text_on_base(model, frames, profile, views, at, lora, settings):
+    """Stable Diffusion's own UNet, whole or by LoRA; or a ControlNet on it, frozen: as in the paper."""
+    texts, tensors = _told_of(frames, views, settings.pop("templates", [ON_A_BASE[model]]))
+    encoder = checkpoints.TextEncoder(base.load(at, "text_encoder"), base.load_tokenizer(at))
+    unet, scheduler = base.load(at, "unet"), base.load_scheduler(at)
+    if model == "text":
+        part = ("", base.Lora(unet, lora)) if lora else ("unet", unet)
+        denoiser, recipe = models.TextGuided(unet), profile.text
+    else:
+        controlnet = models.build_controlnet(unet, hint=(16, 32, 96, 256))
+        denoiser, recipe = models.TextSegmentationGuided(unet, controlnet), profile.text_seg
+        tensors["masks"], part = views["masks"], ("controlnet", controlnet)
+    recipe = replace(recipe, prediction=scheduler.config.prediction_type)
+    objective = _diffusion(denoiser, scheduler, recipe, settings, encoder(texts))
+    yield Stage(model, objective, tensors, recipe, [part])
+
+
+def _told_of(frames, views, templates):
+    """(texts, tensors): the prompts of these templates, and which of them go with each latent."""
+    texts, ids = data.prompt_table(frames, templates)
+    copies = len(views["latents"]) // len(frames)
+    return texts, {"latents": views["latents"], "prompts": ids.repeat(copies, 1)}
 
 
 def _diffusion(denoiser, scheduler, recipe, settings, states=None):

@@ -6,13 +6,31 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    ControlNetModel,
+    DPMSolverMultistepScheduler,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from diffecho_utils import DiffEchoError, base
+from diffecho_utils import (
+    DiffEchoError,
+    base,
+    checkpoints,
+    models,
+    profiles,
+    sampling,
+    training,
+)
+from diffecho_utils.__main__ import main
 
 
 @pytest.fixture(scope="module")
@@ -198,3 +216,101 @@ def hollow(tensors, path):
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + end)
+
+
+@pytest.fixture(scope="module")
+def fine_tuned(tiny, frames, smoke, tmp_path_factory):
+    """{how: folder} of the tiny base fine-tuned for a moment: whole, by LoRA, and a ControlNet on it."""
+    root, profile = tmp_path_factory.mktemp("fine-tuned"), replace(smoke, base=str(tiny))
+    profile = profiles.adapt(profile, "text", learning_rate=0.05)  # so that it shows
+    hows = {"whole": ("text", {}), "lora": ("text", {"lora": 4}), "text-seg": ("text-seg", {})}
+    for how, (model, settings) in hows.items():
+        training.train(model, frames, profile, root / how, say=str, **settings)
+    return {how: root / how for how in hows}
+
+
+def stock(how, folder, tiny):
+    """The stock pipeline with what was trained, put together as its users do, without this package."""
+    quiet = {"safety_checker": None, "local_files_only": True}
+    if how == "text-seg":
+        controlnet = ControlNetModel.from_pretrained(folder / "controlnet", dtype=torch.float32)
+        return StableDiffusionControlNetPipeline.from_pretrained(
+            tiny, controlnet=controlnet, **quiet
+        )
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny, **quiet)
+    if how == "lora":
+        pipeline.load_lora_weights(folder)
+    else:
+        pipeline.unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
+    return pipeline
+
+
+@pytest.mark.parametrize("how", ["whole", "lora", "text-seg"])
+def test_stock_pipelines_draw_the_same_picture(how, fine_tuned, tiny, frames):
+    generator = checkpoints.load_generator(fine_tuned[how])
+    asked = frames.where(np.arange(len(frames)) < 2)
+    told = sampling.told(generator.model, asked)
+    drawn = sampling.sample(generator, [3, 4], 3, guidance=2.0, **told)
+    pipeline = stock(how, fine_tuned[how], tiny)
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(generator.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    image = {"image": models.control_image(asked.masks)} if how == "text-seg" else {}
+    noise = sampling.initial_noise([3, 4], generator.latent_shape)
+    theirs = pipeline(
+        told["prompts"],
+        latents=noise,
+        num_inference_steps=3,
+        guidance_scale=2.0,
+        output_type="pt",
+        **image,
+    ).images
+    mine = (drawn + 1) / 2
+    torch.testing.assert_close(theirs.mean(1, keepdim=True), mine, atol=2e-3, rtol=0)
+    assert mine.std() > 0.01
+    untrained = StableDiffusionPipeline.from_pretrained(tiny, safety_checker=None).unet.state_dict()
+    assert how == "text-seg" or not all(
+        torch.equal(w, untrained[k])
+        for k, w in generator.denoiser.unet.state_dict().items()
+        if k in untrained
+    )
+
+
+def test_only_what_is_asked_for_is_trained_and_saved(fine_tuned, tiny):
+    kept = {
+        how: {p.name for p in folder.rglob("*.safetensors") if "state" not in p.parts}
+        for how, folder in fine_tuned.items()
+    }
+    assert kept == {
+        "whole": {"diffusion_pytorch_model.safetensors"},
+        "lora": {"pytorch_lora_weights.safetensors"},
+        "text-seg": {"diffusion_pytorch_model.safetensors"},
+    }
+    unet = base.load(tiny, "unet")
+    base.Lora(unet, 4)
+    trained = sum(p.numel() for p in unet.parameters() if p.requires_grad)
+    assert 0 < trained < 0.05 * models.count_parameters(unet)
+    made = checkpoints.read_training(fine_tuned["lora"])
+    assert made["lora"] == 4 and made["base"]["sha256"] == base.digest(tiny)
+
+
+def test_another_base_is_refused_and_a_moved_one_is_named(fine_tuned, tiny, broken, tmp_path):
+    moved = shutil.copytree(tiny, tmp_path / "moved")
+    assert checkpoints.load_generator(fine_tuned["lora"], moved).model == "text"
+    weights = broken / base.WEIGHTS["vae"]
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(DiffEchoError, match="not the base .* was trained on.*--base"):
+        checkpoints.load_generator(fine_tuned["lora"], broken)
+
+
+def test_the_whole_road_by_commands(tiny, phantom_root, tmp_path):
+    out, drawn = tmp_path / "lora", tmp_path / "set"
+    folders = ["--data", phantom_root, "--profile", "smoke", "--out", out]
+    assert (
+        main(["train", "text", *folders, "--base", tiny, "--lora", 2, "--template", "random"]) == 0
+    )
+    assert main(["train", "sdm", *folders[:-1], tmp_path / "x", "--lora", 2, "--base", tiny]) == 1
+    draw = ["--checkpoint", out, "--out", drawn, "--n", 6, "--steps", 2, "--guidance", 2]
+    assert main(["sample", "text", *draw]) == 0
+    assert len(list((drawn / "images").glob("*.png"))) == 24
