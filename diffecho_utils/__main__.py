@@ -275,7 +275,7 @@ def train_command(
     profile = replace(profile, **{name: value for name, value in rows.items() if value})
     profile = profiles.narrowed(profile, width) if width else profile
     recipe = {name: context.params[name] for name in RECIPE}
-    profile = profiles.adapt(profile, model, steps=steps, **recipe)
+    profile = profiles.adapt(profile, "lora" if lora else model, steps=steps, **recipe)
     frames = _frames(root, split, profile, patients, profile.patients)
     missing = [name for i, name in enumerate(camus.CLASS_NAMES) if i not in frames.classes]
     if missing:

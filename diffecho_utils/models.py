@@ -9,6 +9,7 @@ import math
 import re
 from collections import Counter
 from datetime import timedelta
+from importlib.util import find_spec
 
 import diffusers
 import torch
@@ -40,6 +41,27 @@ def processes():
 def device():
     """Where this process's networks run: its GPU, else the CPU."""
     return processes().device
+
+
+def half(recipe):
+    """The half precision that a `profiles.Recipe` is trained in here: a dtype, or None.
+
+    bfloat16 where a GPU has it for real (a T4 has not); else float16 for a recipe that spares memory.
+    """
+    if not recipe.bf16 or not torch.cuda.is_available():
+        return None
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16
+    return torch.float16 if recipe.sparing else None
+
+
+def adam(recipe):
+    """The optimiser's class for a `profiles.Recipe`: AdamW, or bitsandbytes' with a quarter of its state."""
+    if recipe.sparing and torch.cuda.is_available() and find_spec("bitsandbytes"):
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit
+    return torch.optim.AdamW
 
 
 def build_autoencoder(profile):

@@ -23,6 +23,9 @@ class Recipe:
     ema: float = 0.999
     beta1: float = 0.9  # AdamW's first momentum; adversarial training wants less
     bf16: bool = True  # mixed precision where the device has it
+    sparing: bool = (
+        False  # of a GPU's memory: float16 where it has no bf16, 8-bit Adam where there is one
+    )
     accumulation: int = 1
     save_every: int = 250
     prediction: str = "v_prediction"  # what a denoiser answers with; or "epsilon", the noise
@@ -53,6 +56,7 @@ class Profile:
     clip: Recipe
     unconditional: Recipe  # of each of the four networks
     text: Recipe
+    lora: Recipe  # of a base's text model, instead of `text`
     text_seg: Recipe
     sdm: Recipe
     segmenter: Recipe
@@ -71,7 +75,8 @@ STAGES = {"autoencoder": ("reconstruction", "texture")}
 
 _MOMENT = Recipe(steps=4, batch=4, learning_rate=1e-3, warmup=1, save_every=2)
 _PAPER = Recipe(steps=120000, batch=4, learning_rate=1e-4, ema=0.9999, prediction="epsilon")
-_TUNED = replace(_PAPER, batch=1, learning_rate=5e-6, schedule="constant")  # Stable Diffusion's
+_TUNED = replace(_PAPER, batch=1, learning_rate=5e-6, schedule="constant", sparing=True)  # a base
+_LORA = replace(_TUNED, steps=2000, batch=4, learning_rate=1e-4, ema=0.999, save_every=100)
 
 _TABLE = {
     "name": ("smoke", "cpu", "gpu", "paper"),
@@ -144,6 +149,7 @@ _TABLE = {
         Recipe(steps=12000, batch=128, learning_rate=3e-4, ema=0.9995),
         replace(_TUNED, steps=35000, accumulation=4, learning_rate=1e-5),
     ),
+    "lora": (_MOMENT, _LORA, _LORA, _LORA),
     "text_seg": (
         _MOMENT,
         Recipe(steps=1500, batch=32, learning_rate=1e-3, ema=0.998),

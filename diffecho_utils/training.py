@@ -117,7 +117,7 @@ def train(
     origin = facts | _origin(frames, needs, start, settings)
     torch.manual_seed(seed)
     parts, logs, recipes = [], [], {}
-    for stage in _stages(model, frames, profile, needs, at, lora, seed, cache_dir, settings):
+    for stage in _stages(model, frames, profile, needs, at, lora, seed, cache_dir, settings, say):
         state, recipe = folder / "state" / f"{stage.name}.safetensors", stage.recipe
         for subfolder, part in stage.parts:
             if start is not None and isinstance(part, nn.Module):
@@ -203,7 +203,7 @@ def _told(log):
     }
 
 
-def _stages(model, frames, profile, needs, at, lora, seed, cache_dir, settings):
+def _stages(model, frames, profile, needs, at, lora, seed, cache_dir, settings, say):
     """The stages of `model`: generated one by one, as a later one may need what an earlier one trained."""
     if model == "autoencoder":
         return _autoencoder(frames, profile, settings)
@@ -226,7 +226,7 @@ def _stages(model, frames, profile, needs, at, lora, seed, cache_dir, settings):
     if model == "sdm":
         return _sdm(profile, views, settings)
     if at is not None:
-        return _text_on_base(model, frames, profile, views, at, lora, settings)
+        return _text_on_base(model, frames, profile, views, at, lora, settings, say)
     return _text(model, frames, profile, views, needs, settings)
 
 
@@ -302,19 +302,20 @@ def _text(model, frames, profile, views, needs, settings):
     yield Stage(model, objective, tensors, recipe, parts)
 
 
-def _text_on_base(model, frames, profile, views, at, lora, settings):
+def _text_on_base(model, frames, profile, views, at, lora, settings, say):
     """Stable Diffusion's own UNet, whole or by LoRA; or a ControlNet on it, frozen: as in the paper."""
     texts, tensors = _told_of(frames, views, settings.pop("templates", [ON_A_BASE[model]]))
     encoder = checkpoints.TextEncoder(base.load(at, "text_encoder"), base.load_tokenizer(at))
     unet, scheduler = base.load(at, "unet"), base.load_scheduler(at)
-    if model == "text":
-        part = ("", base.Lora(unet, lora)) if lora else ("unet", unet)
-        denoiser, recipe = models.TextGuided(unet), profile.text
-    else:
+    denoiser, recipe, part = models.TextGuided(unet), profile.text, ("unet", unet)
+    if model == "text-seg":
         controlnet = models.build_controlnet(unet, hint=(16, 32, 96, 256))
         denoiser, recipe = models.TextSegmentationGuided(unet, controlnet), profile.text_seg
         tensors["masks"], part = views["masks"], ("controlnet", controlnet)
+    elif lora:
+        recipe, part = profile.lora, ("", base.Lora(unet, lora))
     recipe = replace(recipe, prediction=scheduler.config.prediction_type)
+    say(base.spare(denoiser, recipe))
     objective = _diffusion(denoiser, scheduler, recipe, settings, encoder(texts))
     yield Stage(model, objective, tensors, recipe, [part])
 
@@ -390,14 +391,15 @@ def fit(
             torch.manual_seed(own + _seed(seed, 0, run.step))
             for batch in run.batches(run.step):
                 with accelerator.accumulate(model):
-                    with torch.autocast(accelerator.device.type, torch.bfloat16, run.half):
+                    with torch.autocast(accelerator.device.type, run.half, run.half is not None):
                         loss, parts = model(**batch)
                     accelerator.backward(loss)
                     log.add({"loss": loss} | parts, recipe.accumulation)
                     if accelerator.sync_gradients:  # with the last piece of the batch
                         norm = accelerator.clip_grad_norm_(run.trained, recipe.clip)
-                        log.add({"gradient_norm": norm})
                     optimizer.step()
+                    if accelerator.sync_gradients and not optimizer.step_was_skipped:
+                        log.add({"gradient_norm": norm})  # float16 skips what was scaled too much
                     optimizer.zero_grad()
             run.ema.step(run.averaged)
             run.step += 1
@@ -429,16 +431,19 @@ class _Run:
 
     def __init__(self, objective, tensors, recipe, seed, origin):
         models.processes()
+        self.half = models.half(recipe)
         self.accelerator = Accelerator(
             cpu=not torch.cuda.is_available(),
-            mixed_precision="no",  # the recipe says it, and not the environment
+            # The recipe says it, and not the environment; only float16 needs more than autocast
+            mixed_precision="fp16" if self.half == torch.float16 else "no",
             gradient_accumulation_steps=recipe.accumulation,
         )
         self.objective, self.tensors, self.recipe, self.seed = objective, tensors, recipe, seed
         self.trained = [p for p in objective.parameters() if p.requires_grad]
         self.averaged = [p for p in objective.network.parameters() if p.requires_grad]
         settings = {"betas": (recipe.beta1, 0.999), "weight_decay": recipe.weight_decay}
-        self.optimizer = torch.optim.AdamW(self.trained, recipe.learning_rate, **settings)
+        adam = models.adam(recipe)
+        self.optimizer = adam(self.trained, recipe.learning_rate, **settings)
         self.ema = EMAModel(self.averaged, decay=recipe.ema, foreach=True)
         processes = self.accelerator.num_processes
         self.origin = {"recipe": asdict(recipe), "processes": processes, "seed": seed} | origin
@@ -452,8 +457,6 @@ class _Run:
         self.ema.to(device)
         self.tensors = {name: tensor.to(device) for name, tensor in self.tensors.items()}
         self.objective.train()
-        self.half = self.recipe.bf16 and device.type == "cuda"
-        self.half = self.half and torch.cuda.is_bf16_supported(including_emulation=False)  # no T4
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         return model, self.optimizer, self.accelerator
@@ -508,10 +511,12 @@ class _Run:
             tensors = {f"objective.{k}": v for k, v in self.objective.state_dict().items()}
             tensors |= {f"ema.{i}": v for i, v in enumerate(self.ema.shadow_params)}
             for i, values in self.optimizer.state_dict()["state"].items():
+                values = {k: torch.as_tensor(v) for k, v in values.items()}
                 tensors |= {f"optimizer.{i}.{k}": v for k, v in values.items()}
             tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
             facts = {"step": self.step, "made_from": self.origin, "log": self.rows}
             facts["ema_steps"] = self.ema.optimization_step
+            facts["scaler"] = self.accelerator.scaler and self.accelerator.scaler.state_dict()
             files.save_tensors(path, tensors, {"facts": json.dumps(facts)})
         self.saved = self.step
 
@@ -534,6 +539,8 @@ class _Run:
         self.ema.optimization_step = facts["ema_steps"]
         state = {i: under(f"optimizer.{i}.") for i in range(len(self.trained))}
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})
+        if facts.get("scaler"):
+            self.accelerator.scaler.load_state_dict(facts["scaler"])
         self.step = self.saved = facts["step"]
         self.rows = facts["log"]
 
