@@ -141,7 +141,7 @@ def main():
                 found["measured"] = f"does not fit {LIMIT / 1e9:.0f} GB"
             torch.cuda.empty_cache()
         rows[way] = found
-    folder = assets.root() / "data" / "results" / "hardware"
+    folder = assets.root() / "data" / "results" / "hardware" / "paper"
     results.save(
         folder,
         "paper_scale",
