@@ -19,6 +19,7 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from diffecho_utils import (
@@ -222,7 +223,8 @@ def hollow(tensors, path):
 def fine_tuned(tiny, frames, smoke, tmp_path_factory):
     """{how: folder} of the tiny base fine-tuned for a moment: whole, by LoRA, and a ControlNet on it."""
     root, profile = tmp_path_factory.mktemp("fine-tuned"), replace(smoke, base=str(tiny))
-    profile = profiles.adapt(profile, "text", learning_rate=0.05)  # so that it shows
+    for stage in ("text", "lora", "text-seg"):
+        profile = profiles.adapt(profile, stage, learning_rate=0.05)  # so that it shows
     hows = {"whole": ("text", {}), "lora": ("text", {"lora": 4}), "text-seg": ("text-seg", {})}
     for how, (model, settings) in hows.items():
         training.train(model, frames, profile, root / how, say=str, **settings)
@@ -250,29 +252,21 @@ def test_stock_pipelines_draw_the_same_picture(how, fine_tuned, tiny, frames):
     generator = checkpoints.load_generator(fine_tuned[how])
     asked = frames.where(np.arange(len(frames)) < 2)
     told = sampling.told(generator.model, asked)
-    drawn = sampling.sample(generator, [3, 4], 3, guidance=2.0, **told)
-    pipeline = stock(how, fine_tuned[how], tiny)
-    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(generator.scheduler.config)
-    pipeline.set_progress_bar_config(disable=True)
+    mine = sampling.sample(generator, [3, 4], 3, guidance=2.0, **told)
+
+    def drawn(pipeline, **image):
+        pipeline.scheduler = DPMSolverMultistepScheduler.from_config(generator.scheduler.config)
+        pipeline.set_progress_bar_config(disable=True)
+        noise = sampling.initial_noise([3, 4], generator.latent_shape)
+        settings = {"num_inference_steps": 3, "guidance_scale": 2.0, "output_type": "pt"}
+        images = pipeline(told["prompts"], latents=noise, **settings, **image).images
+        return 2 * images.mean(1, keepdim=True) - 1
+
     image = {"image": models.control_image(asked.masks)} if how == "text-seg" else {}
-    noise = sampling.initial_noise([3, 4], generator.latent_shape)
-    theirs = pipeline(
-        told["prompts"],
-        latents=noise,
-        num_inference_steps=3,
-        guidance_scale=2.0,
-        output_type="pt",
-        **image,
-    ).images
-    mine = (drawn + 1) / 2
-    torch.testing.assert_close(theirs.mean(1, keepdim=True), mine, atol=2e-3, rtol=0)
-    assert mine.std() > 0.01
-    untrained = StableDiffusionPipeline.from_pretrained(tiny, safety_checker=None).unet.state_dict()
-    assert how == "text-seg" or not all(
-        torch.equal(w, untrained[k])
-        for k, w in generator.denoiser.unet.state_dict().items()
-        if k in untrained
-    )
+    theirs = drawn(stock(how, fine_tuned[how], tiny), **image)
+    torch.testing.assert_close(theirs, mine, atol=1e-3, rtol=0)
+    untrained = StableDiffusionPipeline.from_pretrained(tiny, safety_checker=None)
+    assert (drawn(untrained) - mine).abs().mean() > 1e-3
 
 
 def test_only_what_is_asked_for_is_trained_and_saved(fine_tuned, tiny):
@@ -314,3 +308,26 @@ def test_the_whole_road_by_commands(tiny, phantom_root, tmp_path):
     draw = ["--checkpoint", out, "--out", drawn, "--n", 6, "--steps", 2, "--guidance", 2]
     assert main(["sample", "text", *draw]) == 0
     assert len(list((drawn / "images").glob("*.png"))) == 24
+
+
+def test_two_processes_train_what_one_does_with_twice_the_batch(tiny, phantom_root, tmp_path):
+    launch = "-m accelerate.commands.launch --multi_gpu --num_processes=2 --num_machines=1"  # gloo
+    launch += " --mixed_precision=no --dynamo_backend=no --main_process_port=0"  # any free port
+    how = {"PYTHONPATH": os.pathsep.join(sys.path), "ACCELERATE_USE_CPU": "true"}
+    words = (
+        f"-m diffecho_utils train text --data {phantom_root} --profile smoke --base {tiny} --lora 4"
+    )
+    weights = {}
+    for name, launcher, batch in (("one", "", 8), ("two", launch, 4), ("start", "", 8)):
+        rate = 1e-9 if name == "start" else 0.05
+        command = (
+            f"{launcher} {words} --batch {batch} --learning-rate {rate} --out {tmp_path / name}"
+        )
+        run = subprocess.run(
+            [sys.executable, *command.split()], env=os.environ | how, capture_output=True, text=True
+        )
+        assert run.returncode == 0, run.stderr[-2000:]
+        loaded = load_file(tmp_path / name / base.LORA_WEIGHTS)
+        weights[name] = torch.cat([tensor.flatten() for tensor in loaded.values()])
+    moved = (weights["one"] - weights["start"]).norm()
+    assert (weights["one"] - weights["two"]).norm() < 0.02 * moved
