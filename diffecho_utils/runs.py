@@ -17,7 +17,7 @@ from diffecho_utils import DiffEchoError, downstream, results
 def read(source):
     """(runs, skipped): every run's values, and what was left out and why.
 
-    source: a folder of records, as the benchmarks or `downstream --json` write, or the zip that
+    source: a folder of records, as the experiments or `downstream --json` write, or the zip that
     `results.pack` made of it. Left out are records of another version of the package's runs, and
     files that are no records. Raises DiffEchoError if there is no such source, or a damaged one.
     """

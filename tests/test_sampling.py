@@ -466,7 +466,7 @@ def test_label_maps_and_prompts_of_a_set(sdm, frames, tmp_path):
 
 
 def test_shipped_dials_are_the_measured_ones():
-    """Strength and guidance in the checkpoints are those that benchmarks/strength.py chose."""
+    """Strength and guidance in the checkpoints are those that experiments/strength.py chose."""
     chosen = results.load(assets.record("camus", "cpu", "strength"))["values"]["chosen"]
     folders = {name: assets.checkpoint("camus", name) for name in ("text-seg", "sdm")}
     shipped = {name: checkpoints.load_generator(folder) for name, folder in folders.items()}
