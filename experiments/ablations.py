@@ -34,34 +34,30 @@ from diffecho_utils import (
 
 KNOWN = assets.features("camus", "cpu", "03_features")
 SEEDS, SPLIT, USES = [5000], "training", ("autoencoder", "classifier", KNOWN)
-CLASS, IMAGES, GUIDANCE = camus.CLASS_NAMES.index("4CH-ES"), 200, 3.0
-FLIPS = {  # with flips, from random weights
-    "trained on, without flips": (False, False),
-    "trained on, with flips": (True, False),
-    "from random weights, with flips": (True, True),
-}
-WORDS = {"words": "paper", "random strings, never trained": "random"}
 STRINGS = "random strings, trained on"
+CLASS, IMAGES, GUIDANCE = camus.CLASS_NAMES.index("4CH-ES"), 200, 3.0
 
 
 def rows(world, flip_minutes=4.0, word_minutes=8.0, learning_rate=3e-4):
     """The minutes are those of each training."""
-    named = {"as shipped": {"model": "unconditional"}}
-    for name, (flips, fresh) in FLIPS.items():
-        told = {"flips": flips, "fresh": fresh, "minutes": flip_minutes}
-        rate = (3 if fresh else 1) * learning_rate
-        named[name] = {"model": "unconditional", "learning_rate": rate} | told
-    for name, template in WORDS.items():
-        named[name] = {"model": "text", "template": template}
-    told = {"minutes": word_minutes, "learning_rate": learning_rate}
-    return named | {STRINGS: {"model": "text", "template": "random"} | told}
+    flips, words = {"model": "unconditional"}, {"model": "text"}
+    trained = {"minutes": flip_minutes, "learning_rate": learning_rate}
+    return {
+        "as shipped": flips,
+        "trained on, without flips": flips | trained,
+        "trained on, with flips": flips | trained | {"flips": True},
+        "from random weights, with flips": flips | trained | {"flips": True, "fresh": True},
+        "words": words | {"template": "paper"},
+        "random strings, never trained": words | {"template": "random"},
+        STRINGS: words | {"template": "random"} | trained | {"minutes": word_minutes},
+    }
 
 
 def compute(world, model, **settings):
     return {"unconditional": flipped, "text": worded}[model](world, **settings)
 
 
-def flipped(world, flips=None, fresh=None, minutes=None, learning_rate=None):
+def flipped(world, minutes=None, learning_rate=None, flips=False, fresh=False):
     generator = world.generator("unconditional")
     if minutes is None:
         return sides(generator, CLASS)
@@ -70,7 +66,8 @@ def flipped(world, flips=None, fresh=None, minutes=None, learning_rate=None):
     if not fresh:
         network.load_state_dict(generator.denoiser.unets[CLASS].state_dict())
     objective = objectives.DiffusionObjective(models.Unconditional([network]), generator.scheduler)
-    recipe = replace(recipe, batch=64, learning_rate=learning_rate, ema=0.99)
+    rate = (3 if fresh else 1) * learning_rate
+    recipe = replace(recipe, batch=64, learning_rate=rate, ema=0.99)
     tensors = {"latents": latents(world, flips)}
     steps = training.steps_within(minutes, training.Stage("flips", objective, tensors, recipe))
     training.fit(objective, tensors, replace(recipe, steps=steps), None, **QUIET)
@@ -130,8 +127,8 @@ def worded(world, template, minutes=None, learning_rate=None):
 
 
 def collect(world, found):
-    trained = {name: found[name] for name in ("as shipped", *FLIPS)}
-    recognised = {name: found[name]["recognised"] for name in (*WORDS, STRINGS)}
-    words = {"guidance": GUIDANCE, "recognised": recognised, "recipe": found[STRINGS]["recipe"]}
+    trained = {name: row for name, row in found.items() if "mirrored" in row}
+    told = {name: row["recognised"] for name, row in found.items() if "recognised" in row}
+    words = {"guidance": GUIDANCE, "recognised": told, "recipe": found[STRINGS]["recipe"]}
     flips = {"class": camus.CLASS_NAMES[CLASS], "images": IMAGES, "trained": trained}
     return {"ablation_flips": flips, "ablation_words": {"images": IMAGES} | words}

@@ -74,6 +74,8 @@ def run(name, words, whole=True):
     asked = parser(experiment, own).parse_args(words)
     on_phantom = getattr(experiment, "WORLD", None) == "phantom"
     world = opened(None if on_phantom else asked.data, asked.profile, asked.out)
+    facts = {"world": world.name, "profile": asked.profile, "split": experiment.SPLIT}
+    facts["command"] = command_of(name, words)
     rows = experiment.rows(world, **{option: getattr(asked, option) for option in own})
     paths = {row: path_of(experiment, world, row, settings) for row, settings in rows.items()}
     todo = [row for row in rows if re.search(asked.only, row)]
@@ -86,13 +88,13 @@ def run(name, words, whole=True):
             path = paths[row]
             with contextlib.suppress(Timeout), FileLock(path.with_suffix(".lock"), patience):
                 if not path.is_file():
-                    write_row(experiment, world, row, rows[row], path, command_of(name, words))
+                    write_row(experiment, world, row, rows[row], path, facts)
     lost = [row for row in rows if not paths[row].is_file()]
     if lost:
         print(f"{name}: {len(lost)} of {len(rows)} rows are not there yet (first: {lost[0]})")
     elif not asked.rows_only:
         records = {row: results.load(path) for row, path in paths.items()}
-        write_records(experiment, world, records, command_of(name, words))
+        write_records(experiment, world, records, facts)
 
 
 def parser(experiment, own):
@@ -149,17 +151,16 @@ def side_by_side(name, words, processes):
         process.wait()
 
 
-def write_row(experiment, world, row, settings, path, command):
+def write_row(experiment, world, row, settings, path, facts):
     print(f"{experiment.__name__}: {row}", flush=True)
     started = time.perf_counter()
     values = experiment.compute(world, **settings)
     values = {"seconds": round(time.perf_counter() - started, 1)} | values
     seeds = [settings["seed"]] if "seed" in settings else experiment.SEEDS
-    facts = {"world": world.name, "profile": world.profile.name, "split": experiment.SPLIT}
-    results.save(path.parent, path.stem, values, command=command, seeds=seeds, **facts)
+    results.save(path.parent, path.stem, values, seeds=seeds, **facts)
 
 
-def write_records(experiment, world, records, command):
+def write_records(experiment, world, records, facts):
     """The records, which say of their making what their rows say of theirs; or the zip of the rows."""
     if not hasattr(experiment, "collect"):
         with tempfile.TemporaryDirectory() as folder:
@@ -172,12 +173,9 @@ def write_records(experiment, world, records, command):
     for values in found.values():
         del values["seconds"]
     made = results.shared(records.values()) if records else {}
-    facts = {"world": world.name, "profile": world.profile.name, "split": experiment.SPLIT}
     for name, values in experiment.collect(world, found).items():
-        path = results.save(
-            world.out, name, values, command=command, seeds=experiment.SEEDS, **facts
-        )
-        files.write_text(path, json.dumps(json.loads(path.read_text()) | made, indent=1) + "\n")
+        path = results.save(world.out, name, values, seeds=experiment.SEEDS, **facts)
+        files.write_text(path, json.dumps(results.load(path) | made, indent=1) + "\n")
         print("wrote", path)
 
 

@@ -27,44 +27,49 @@ SCALES = {"text": (1.0, 2.0, 3.0, 5.0, 8.0), "sdm": (1.0, 1.5, 2.0, 3.0, 5.0)}
 STRONG = {"text": 5.0, "sdm": 3.0}  # the scale that the intervals are tried at
 
 
+PLAIN = {"model": "sdm", "solver": "DPM-Solver++", "spacing": "trailing", "steps": None}
+PLAIN |= {"guidance": None, "interval": None}  # everywhere, as the checkpoint says
+
+
 def rows(world, frames=200, steps=(5, 10, 20, 50, 100), guided_steps=20):
     few, many = ([n for n in sorted(steps) if (n > 50) == long] for long in (False, True))
     # Stable Diffusion's own spacing, for comparison.
-    asked = [("DPM-Solver++", n, "leading") for n in few if n <= 20]
-    asked += [(solver, n, "trailing") for n in few for solver in SPACED]
-    named = {"given": {}} | dict(solver_row(*settings) for settings in asked)
+    first = [("DPM-Solver++", n, "leading") for n in few if n <= 20]
+    first += [(solver, n, "trailing") for n in few for solver in SPACED]
+    last = [(solver, n, "trailing") for n in many for solver in LONGEST]
+
+    def solvers(asked):
+        keys = ("solver", "steps", "spacing")
+        return {
+            f"solvers: {s}, {n}, {spacing}": PLAIN | dict(zip(keys, (s, n, spacing), strict=True))
+            for s, n, spacing in asked
+        }
+
+    named = {"given": {}} | solvers(first)
     for model, scales in SCALES.items():
-        told = {"model": model, "steps": guided_steps, "half": True}
+        told, strong = PLAIN | {"model": model, "steps": guided_steps, "half": True}, STRONG[model]
         for scale in scales:
             named[f"guidance: {model}, {scale:g}"] = told | {"guidance": scale}
-        strong = told | {"guidance": STRONG[model]}
         for low, high in INTERVALS:
-            name = f"guidance: {model}, {STRONG[model]:g} from {low} to {high}"
-            named[name] = strong | {"within": [low, high]}
-    named |= dict(solver_row(solver, n, "trailing") for n in many for solver in LONGEST)
-    return {row: settings | {"frames": frames} for row, settings in named.items()}
+            within = told | {"guidance": strong, "interval": [low, high]}
+            named[f"guidance: {model}, {strong:g} from {low} to {high}"] = within
+    return {row: how | {"frames": frames} for row, how in (named | solvers(last)).items()}
 
 
-def solver_row(solver, steps, spacing):
-    settings = {"model": "sdm", "solver": solver, "spacing": spacing, "steps": steps}
-    return f"solvers: {solver}, {steps}, {spacing}", settings
-
-
-def compute(world, frames, model=None, half=False, **settings):
+def compute(world, frames, half=False, **values):
     """One row of the record: the frames, or every second patient's, drawn and measured; or as they are."""
     every = world.frames("validation", like=world.generator("sdm"))
     every = every.where(np.arange(len(every)) < frames)
     owners = patients(every)
     keep = np.isin(owners, list(dict.fromkeys(owners))[:: 2 if half else 1])
     asked = every.where(keep)
-    if model is None:
+    if not values:
         floor = distance(world.see["autoencoder"](asked.images), owners)
         counts = {"frames": len(asked), "patients": len(set(owners))}
         return counts | {"floor": floor, "given": judged(world, asked.images, asked)}
-    generator, seeds = world.generator(model), SEEDS[0] + np.flatnonzero(keep)
-    plain = {"model": model, "solver": "DPM-Solver++", "spacing": "trailing", "steps": None}
-    values = plain | {"guidance": generator.guidance, "interval": settings.pop("within", None)}
-    values |= settings
+    generator, seeds = world.generator(values["model"]), SEEDS[0] + np.flatnonzero(keep)
+    if values["guidance"] is None:
+        values["guidance"] = generator.guidance
     dials = {name: values[name] for name in ("steps", "solver", "spacing", "guidance")}
     begun = time.process_time()
     images = draw(generator, asked, seeds, guidance_interval=values["interval"], **dials)

@@ -9,6 +9,7 @@ encodes images and prompts in every step, with a worker process to read ahead; o
 import tempfile
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from world import QUIET
 
 from diffecho_utils import (
@@ -34,24 +35,6 @@ from diffecho_utils import (
 WORLD, SEEDS, SPLIT = "phantom", [], None
 
 
-class ImageFiles(Dataset):
-    """A folder of PNGs as an example script reads it: decode, resize, normalise, one by one."""
-
-    def __init__(self, folder, n, side):
-        self.folder, self.n, self.side = folder, n, side
-
-    def __len__(self):
-        return 10**6  # no epoch ends while the clock runs
-
-    def __getitem__(self, i):
-        pictures = []
-        for kind, way in (("image", Image.BILINEAR), ("mask", Image.NEAREST)):
-            with Image.open(self.folder / f"{kind}{i % self.n}.png") as picture:
-                pictures.append(np.array(picture.resize((self.side, self.side), way)))
-        image, mask = (torch.from_numpy(picture) for picture in pictures)
-        return image[None].float() / 127.5 - 1, mask, i % self.n
-
-
 def rows(world, steps=8, batch=16, repeats=3):
     settings = {"steps": steps, "batch": batch, "repeats": repeats}
     return {"training_speed": settings | {"machine": results.hardware()}}
@@ -60,24 +43,22 @@ def rows(world, steps=8, batch=16, repeats=3):
 def compute(world, steps, batch, repeats, machine):
     profile = world.profile
     frames = data.load_frames(camus.select(world.table, patients=16), profile)
-    vae, runs = models.build_autoencoder(profile).eval(), []
+    vae, runs = models.build_autoencoder(profile).eval().to(models.device()), []
     with tempfile.TemporaryDirectory() as folder:
         brief = profiles.adapt(profile, "clip", steps=[1], batch=4)
         training.train("clip", frames, brief, Path(folder) / "clip", **QUIET)
         encode_text = checkpoints.TextEncoder(Path(folder) / "clip")
         started = time.perf_counter()
-        views, (texts, ids) = (
-            data.latent_views(vae, frames, 1),
-            data.prompt_table(frames, ("clinical",)),
-        )
+        views = data.latent_views(vae, frames, 1)
+        texts, ids = data.prompt_table(frames, ("clinical",))
         states = encode_text(texts)
         once = time.perf_counter() - started
         for i, (image, mask) in enumerate(zip(frames.images, frames.masks, strict=True)):
             synthetic.save_image(image, Path(folder) / f"image{i}.png")
             synthetic.save_grey(mask.numpy(), Path(folder) / f"mask{i}.png")
-        loader = DataLoader(
-            ImageFiles(Path(folder), len(frames), profile.side), batch, num_workers=1
-        )
+        order = [i % len(frames) for i in range((steps + 2) * batch * 2)]  # read ahead to the end
+        reader = partial(read, Path(folder), profile.side)
+        loader = DataLoader(order, batch, num_workers=1, collate_fn=reader)
         encoders = vae, encode_text, [texts[i] for i in ids[:, 0]]
         for model in ("text", "text-seg"):
             tensors = {"latents": views["latents"], "prompts": ids}
@@ -89,6 +70,17 @@ def compute(world, steps, batch, repeats, machine):
                 speeds = {"usual": steps * batch / usual, "ours": steps * batch / ours}
                 runs.append({"model": model} | speeds | {"ratio": usual / ours})
     return {"runs": runs, "once": once, "frames": len(frames)}
+
+
+def read(folder, side, rows):
+    """A batch of a folder's PNGs as an example script reads it: decode, resize, normalise, one by one."""
+    parts = {"image": [], "mask": []}
+    for row in rows:
+        for kind, way in (("image", Image.BILINEAR), ("mask", Image.NEAREST)):
+            with Image.open(folder / f"{kind}{row}.png") as picture:
+                parts[kind].append(np.array(picture.resize((side, side), way)))
+    images, masks = (torch.from_numpy(np.stack(pictures)) for pictures in parts.values())
+    return images[:, None].float() / 127.5 - 1, masks, rows
 
 
 def built(model, profile):
