@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from world import QUIET, by_structure, dice_of, draw, mean_interval, patients
+from world import QUIET, by_structure, dice_of, draw, patients
 
 from diffecho_utils import (
     assets,
@@ -35,17 +35,17 @@ def compute(world, steps):
     autoencoder, clip, text_seg = USES
     known, unseen = (world.frames(split, world.profile) for split in ("training", "validation"))
     owners, vae = patients(unseen), checkpoints.load_autoencoder(autoencoder)
-    brief = replace(world.profile.segmentation, steps=steps)
+    brief = replace(world.profile.segmenter, steps=steps)
     judge, _ = downstream.train_segmenter(known, world.profile, recipe=brief, **QUIET)
     generator, seeds = checkpoints.load_generator(text_seg), SEEDS[0] + np.arange(len(unseen))
     again = data.decode(vae, data.encode(vae, unseen.images))
     drawn = draw(generator, unseen, seeds, world.profile.sampling_steps, guidance=1.0)
     dice = {}
     for name, images in (("given", unseen.images), ("reconstructed", again), ("drawn", drawn)):
-        scores = [mean_interval(of, owners) for of in dice_of(judge, images, unseen).T]
+        scores = [metrics.mean_interval(of, owners) for of in dice_of(judge, images, unseen).T]
         dice[name] = by_structure(np.transpose(scores))
     counts = {"frames": len(unseen), "patients": len(set(owners))}
-    psnr = mean_interval(metrics.psnr(again, unseen.images).numpy(), owners)
+    psnr = metrics.mean_interval(metrics.psnr(again, unseen.images).numpy(), owners)
     return counts | {"psnr": psnr, "dice": dice, "retrieved": retrieved(clip, unseen)}
 
 

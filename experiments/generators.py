@@ -19,6 +19,7 @@ from diffecho_utils import (
     assets,
     camus,
     checkpoints,
+    data,
     downstream,
     files,
     metrics,
@@ -82,7 +83,7 @@ def of_images(world, images, frames, masked):
         found[f"brightness, {name}"] = grey[kinds == index].mean()
     if masked:
         maps = (frames.masks, downstream.segment(segmenter, images))
-        pair = np.array([metrics.ejection_fractions(frames, m) for m in maps])
+        pair = np.array([anatomy.patients_ef(m, frames.table)["ef"] for m in maps])
         asked, read = pair[:, np.isfinite(pair).all(0)]
         found["EF, patients"], found["EF, error"] = len(asked), np.abs(read - asked).mean()
         found["EF, correlation"] = np.corrcoef(asked, read)[0, 1]
@@ -119,7 +120,7 @@ def spoilt(world, frames):
     real = {name: world.seen(name, "validation") for name in ENCODERS}
     return {
         done: {n: metrics.frechet_distance(world.see[n](images), real[n]) for n in ENCODERS}
-        for done, images in metrics.spoilt(frames.images).items()
+        for done, images in data.spoilt(frames.images).items()
     }
 
 

@@ -74,7 +74,7 @@ def trained(world, patients, setting, seed, steps):
     frames = real.where(real.table.split == "training")
     if ingredients is not None:
         frames = phantom_frames(world, ingredients, patients)
-    recipe = replace(world.profile.segmentation, steps=steps)
+    recipe = replace(world.profile.segmenter, steps=steps)
     model, _ = downstream.train_segmenter(frames, world.profile, recipe=recipe, seed=seed, **QUIET)
     unseen = real.where(real.table.split == "validation")
     dice = pd.DataFrame(dice_of(model, unseen.images, unseen))
@@ -179,7 +179,7 @@ def describe(frames):
         },
         "speckle": {k: speckle(grey, [of[k] for of in regions]) for k in speckled},
         "spectrum": {"frequency": frequencies, "decibels": spectrum},
-        "ef": anatomy.patients_ef(frames).ef.to_numpy(),
+        "ef": anatomy.patients_ef(frames.masks, frames.table).ef.to_numpy(),
     }
 
 

@@ -12,7 +12,7 @@ import time
 import numpy as np
 import torch
 from safetensors import safe_open
-from world import dice_of, draw, interval, kept, mean_interval, patients
+from world import dice_of, draw, interval, kept, patients
 
 from diffecho_utils import DiffEchoError, assets, camus, checkpoints, downstream, metrics, synthetic
 
@@ -108,7 +108,7 @@ def judged(world, images, asked):
     dice = np.nanmean(dice_of(segmenter, images, asked), 1)
     hits = downstream.classify(classifier, images).argmax(1) == asked.classes
     measured = {"dice": dice, "recognised": hits.numpy().astype(float)}
-    return {name: mean_interval(v, patients(asked), 50) for name, v in measured.items()}
+    return {name: metrics.mean_interval(v, patients(asked), 50) for name, v in measured.items()}
 
 
 def collect(world, found):

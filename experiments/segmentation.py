@@ -19,7 +19,7 @@ from pathlib import Path
 
 from world import QUIET, kept
 
-from diffecho_utils import assets, camus, data, downstream, synthetic
+from diffecho_utils import data, downstream, synthetic
 
 SEEDS, SPLIT, SETS = [], "validation", ("text-seg", "sdm")
 PLAIN = {
@@ -72,7 +72,7 @@ def compute(world, arm, seed, asked, folder):
         frames = drawn_frames(folder, world.profile.side)
         if asked["share"]:
             frames = downstream.with_synthetic(mine, frames, asked["share"], seed)
-    steps = asked["steps"] or world.profile.segmentation.steps
+    steps = asked["steps"] or world.profile.segmenter.steps
     if asked["match_epochs"]:
         steps = round(steps * len(frames) / len(mine))
     how = QUIET | ({} if asked["augment"] else data.STILL) | {"recipe": asked["recipe"]}
@@ -84,10 +84,10 @@ def compute(world, arm, seed, asked, folder):
 @kept
 def real_frames(world):
     """Frames of the training and of the validation patients, stretched to a square as the sets are."""
-    parts = [camus.select(world.table, split) for split in ("training", "validation")]
-    downstream.check_apart(*parts)
-    cache, geometry = assets.workspace() / "cache", data.Geometry(world.profile.side, True)
-    return [data.load_frames(part, geometry, cache_dir=cache) for part in parts]
+    like = data.Geometry(world.profile.side, stretched=True)
+    parts = [data.open_frames(world.table, split, like) for split in ("training", "validation")]
+    downstream.check_apart(*(part.table for part in parts))
+    return parts
 
 
 @kept

@@ -25,7 +25,7 @@ from diffecho_utils import (
 )
 
 SOLVERS = sampling.SOLVERS | {"PNDM": PNDMScheduler}
-QUIET = {"progress": lambda line: None}  # to trainings
+QUIET = {"say": lambda line: None}  # to trainings
 kept = lru_cache(maxsize=None)  # what is loaded or made once
 
 
@@ -91,9 +91,7 @@ class World:
     @kept
     def frames(self, split=None, like=None):
         """Frames of a split (None: all) in the geometry of `like`, by default the judges'."""
-        rows = camus.select(self.table, split) if split else self.table
-        cache = assets.workspace() / "cache"
-        return data.load_frames(rows, like or self.judges[0], cache_dir=cache)
+        return data.open_frames(self.table, split, like or self.judges[0])
 
     def drawn(self, model, split, seed):
         """One image for each frame of a split, rounded to 8 bits and kept in _build under what fixes it."""
@@ -154,11 +152,6 @@ def interval(statistic, groups, repeats=200):
     """(value, low, high) of statistic(rows): 95 % bootstrap interval over groups."""
     value = statistic(np.arange(len(groups)))
     return float(value), *metrics.bootstrap_interval(statistic, groups, repeats=repeats)
-
-
-def mean_interval(values, groups, repeats=200):
-    """`interval` of the mean of values (N,), NaN left out."""
-    return interval(lambda rows: np.nanmean(values[rows]), groups, repeats)
 
 
 def gathered(runs):
