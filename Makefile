@@ -36,8 +36,8 @@ test: $(INSTALLED)
 	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
 bench: $(INSTALLED)
-	$(BIN)/python benchmarks/phantom_speed.py
-	$(BIN)/python benchmarks/training_speed.py
+	$(BIN)/python experiments/run.py phantom_speed --again
+	$(BIN)/python experiments/run.py training_speed --again
 
 registry: $(INSTALLED)
 	$(BIN)/python book/tools/registry.py

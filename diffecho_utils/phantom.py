@@ -12,7 +12,7 @@ Chapter 01. Two steps, and the file reads in that order:
 
 Chamber sizes: normal ranges, widened to CAMUS's mix of healthy and dilated hearts. All else is fitted
 to means and spreads over CAMUS's frames and label maps (Leclerc et al. 2019), even where these draw
-walls thicker than a healthy heart's; `benchmarks/phantom_realism.py` measures how well it fits.
+walls thicker than a healthy heart's; `experiments/phantom_realism.py` measures how well it fits.
 """
 
 import contextlib

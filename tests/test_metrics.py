@@ -411,13 +411,13 @@ def test_evaluate_refuses_what_it_cannot_judge(evaluate, drawn_set, capsys):
     message = refused(lines, "--split", "testing")
     assert "split=testing" in message and "{'training': 6, 'validation': 4}" in message
     (drawn_set / "label_maps/3.png").unlink()
-    assert "label_maps/3.png: label map named in metadata.csv" in refused()
+    assert "label_maps/3.png: named in metadata.csv" in refused()
     synthetic.save_image(torch.full((1, 64, 64), 0.3), drawn_set / "images/4.png")
     message = refused()
     assert "1 of 40 images are of one grey value" in message and "images/4.png" in message
     synthetic.save_image(torch.rand(1, 32, 32), drawn_set / "images/4.png")
     message = refused()
-    assert "images of several sizes (images/0.png 64 x 64, images/4.png 32 x 32)" in message
+    assert "images of several sizes" in message and "images/4.png 32 x 32" in message
     message = refused([*lines, "images/90.png,2CH,ED,,0,", "images/91.png,2CH,ED,,0,"])
-    assert "2 of the 42 images it names are missing (first: images/90" in message
+    assert "images/90.png: named in metadata.csv, missing" in message
     assert "view and phase [('3CH', 'ED')]" in refused([*lines, "images/0.png,3CH,ED,,0,"])

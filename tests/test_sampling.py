@@ -276,7 +276,7 @@ def test_shipped_sets_are_whole_and_drawn_by_the_shipped_generators(world):
 
 
 def test_shipped_dials_are_the_measured_ones():
-    """Strength and guidance in the checkpoints are those that benchmarks/strength.py chose."""
+    """Strength and guidance in the checkpoints are those that experiments/strength.py chose."""
     chosen = results.load(assets.record("camus", "cpu", "strength"))["values"]["chosen"]
     folders = {name: assets.checkpoint("camus", name) for name in ("text-seg", "sdm")}
     shipped = {name: checkpoints.load_generator(folder) for name, folder in folders.items()}

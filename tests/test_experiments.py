@@ -1,0 +1,122 @@
+"""experiments/run.py: rows that are kept, that others cannot take, and one experiment from end to end."""
+
+import importlib
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from diffecho_utils import assets, results
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+EXPERIMENTS = {path.stem for path in (CHECKOUT / "experiments").glob("*.py")}
+EXPERIMENTS = sorted(EXPERIMENTS - {"run", "world", "golden"})
+TOY = """
+import os, signal, time
+from pathlib import Path
+
+SEEDS, SPLIT, LOG = [7], None, Path(__file__).with_name("log")
+
+
+def rows(world, scale=1, given=Path("none")):
+    return {f"row {i}": {"i": i, "scale": scale, "given": given, "seed": i} for i in range(4)}
+
+
+def compute(world, i, scale, given, seed):
+    with LOG.open("a") as log:
+        log.write(f"{i}")
+    time.sleep(float(os.environ.get("PAUSE", 0)))
+    if str(i) == os.environ.get("DIE_IN"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return {"value": i * scale / 3}
+
+
+def collect(world, found):
+    return {"toy": {row: values["value"] for row, values in found.items()}}
+"""
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, phantom_root):
+    """`run(NAME, ...)`: `run.main` on the phantom, in a checkout of its own with an experiment `toy`."""
+    (tmp_path / "_toc.yml").touch()
+    (tmp_path / "data").symlink_to(CHECKOUT / "data")
+    (tmp_path / "toy.py").write_text(TOY)
+    monkeypatch.setenv("DIFFECHO_ROOT", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{CHECKOUT}")
+    monkeypatch.syspath_prepend(CHECKOUT / "experiments")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "toy", raising=False)
+    shared = ["--data", phantom_root, "--profile", "smoke", "--out", tmp_path / "out"]
+    program = importlib.import_module("run")
+    return lambda name, *words: program.main([name, *shared, *words])
+
+
+def test_killed_and_repeated(run, tmp_path, phantom_root, capsys):
+    log, out = tmp_path / "log", tmp_path / "out"
+    command = [sys.executable, CHECKOUT / "experiments" / "run.py", "toy", "--data", phantom_root]
+    killed = subprocess.run(command, env=os.environ | {"DIE_IN": "2"})
+    assert killed.returncode == -9 and log.read_text() == "012"
+    assert run("toy", "--profile", "cpu") == 0  # goes on, and nobody holds the row
+    assert log.read_text() == "01223"
+    record = results.load(out / "toy.json")
+    assert record["values"] == {f"row {i}": pytest.approx(i / 3, rel=1e-5) for i in range(4)}
+    assert record["world"] == "phantom" and record["seeds"] == [7]
+    assert str(phantom_root) not in record["command"] and "run.py toy" in record["command"]
+    assert run("toy", "--profile", "cpu") == 0 and log.read_text() == "01223"
+    rows = sorted((assets.workspace() / "experiments" / "toy").glob("*.json"))
+    assert results.load(rows[1])["seeds"] == [1] and results.load(rows[1])["values"]["seconds"] >= 0
+
+    # Rows of another profile, other settings, or another file of the same name are other rows
+    given = tmp_path / "given"
+    given.write_text("one")
+    for words, computed in (
+        (["--scale", 2, "--only", "1|3"], "13"),
+        (["--scale", 2], "02"),
+        (["--scale", 2], ""),
+        (["--scale", 2, "--only", "2", "--again"], "2"),
+        (["--scale", 2, "--given", given], "0123"),
+    ):
+        log.write_text("")
+        assert run("toy", *words) == 0 and log.read_text() == computed, words
+    given.write_text("two")
+    sys.modules["run"].opened.cache_clear()  # as in another process
+    assert run("toy", "--scale", 2, "--given", given) == 0 and log.read_text() == "01230123"
+    assert "2 of 4 rows are not there yet (first: row 0)" in capsys.readouterr().out
+    assert run("no_such", "--scale", 2) == 1
+    assert "no such experiment; there are checkpoints" in capsys.readouterr().err
+
+
+def test_two_at_once_and_a_zip(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("PAUSE", "0.3")
+    assert run("toy", "--processes", 2) == 0
+    assert sorted((tmp_path / "log").read_text()) == [*"0123"]
+    monkeypatch.delattr(sys.modules["toy"], "collect")
+    assert run("toy") == 0
+    with zipfile.ZipFile(tmp_path / "out" / "toy.zip") as archive:
+        assert archive.namelist() == [f"row_{i}.json" for i in range(4)]
+        assert results.parse(archive.read("row_1.json"), "row_1")["values"]["value"] == 0.333333
+
+
+def test_an_experiment_from_end_to_end(run, tmp_path, monkeypatch):
+    strength = importlib.import_module("strength")
+    monkeypatch.setattr(strength, "DIALS", {"sdm": (1.0, 3.0)})
+    assert run("strength", "--frames", 4) == 0
+    shipped = results.load(assets.record("camus", "cpu", "strength"))
+    record = results.load(tmp_path / "out" / "strength.json")
+    assert record.keys() == shipped.keys() and record["values"].keys() == shipped["values"].keys()
+    dials, model = record["values"]["dials"]["sdm"], shipped["values"]["dials"]["sdm"]
+    assert record["values"]["frames"] == 4 and record["values"]["chosen"]["sdm"] in (1.0, 3.0)
+    assert dials["1.0"].keys() == dials["3.0"].keys() == model["1.0"].keys()
+    assert dials["1.0"]["dice"].keys() == model["1.0"]["dice"].keys()
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_says_what_it_is(run, name):
+    program = sys.modules["run"]
+    assert name in f"{program.RECORDS} {program.SPEEDS}".split()
+    with pytest.raises(SystemExit, match="0"):
+        run(name, "--help")
