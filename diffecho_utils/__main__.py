@@ -40,6 +40,7 @@ count, number = partial(option, int, low=1), partial(option, float, low=1e-12, h
 # What several commands are given
 DATA = place("a CAMUS folder, in any form", "data", metavar="ROOT")
 OUT = place("to write to")
+BASE = string("Stable Diffusion 1.x: a folder, or a name on the Hub")
 PROFILE = string("smoke, cpu, gpu or paper")
 SEED = count(low=0, high=2**32 - 1)
 RESTART = flag("throw away what DIR holds; default: it goes on", "restart")
@@ -241,6 +242,11 @@ def train_command(
     autoencoder: SHIPPED = None,
     clip: SHIPPED = None,
     text: SHIPPED = None,
+    base: BASE = None,
+    lora: count("text: rank of LoRA on the base; default: its whole UNet") = None,
+    template: option(
+        list[str], "prompts to learn from; repeat it for several", metavar="NAME"
+    ) = None,
     restart: RESTART = False,
     steps: option(list[int], "one a stage; default: the profile's", low=1, metavar="N...") = None,
     batch: count() = None,
@@ -264,11 +270,12 @@ def train_command(
     from diffecho_utils import assets, camus, profiles, results, training
 
     root, profile = _official(root), replace(profiles.get(profile), stretched=stretch)
-    sizes = {"latent_channels": latent_channels, "jittered_views": views, "patients": patients}
-    profile = replace(profile, **{name: value for name, value in sizes.items() if value})
+    rows = {"latent_channels": latent_channels, "jittered_views": views, "patients": patients}
+    rows["base"] = base
+    profile = replace(profile, **{name: value for name, value in rows.items() if value})
     profile = profiles.narrowed(profile, width) if width else profile
     recipe = {name: context.params[name] for name in RECIPE}
-    profile = profiles.adapt(profile, model, steps=steps, **recipe)
+    profile = profiles.adapt(profile, "lora" if lora else model, steps=steps, **recipe)
     frames = _frames(root, split, profile, patients, profile.patients)
     missing = [name for i, name in enumerate(camus.CLASS_NAMES) if i not in frames.classes]
     if missing:
@@ -279,6 +286,7 @@ def train_command(
         for name in training.builds_on(model, profile)
     }
     how = {"needs": needs, "restart": restart, "seed": seed, "minutes": minutes, "start": start}
+    how |= {"lora": lora} | ({"templates": tuple(template)} if template else {})
     made, cache = results.provenance(context.obj), assets.workspace() / "cache"
     training.train(model, frames, profile, out, provenance=made, cache_dir=cache, **how)
     print(f"wrote {out}")
@@ -289,6 +297,7 @@ def sample_command(
     model: argument("MODEL", GENERATOR),
     checkpoint: place("of the trained generator"),
     out: OUT,
+    base: option(str, "where it lies by now; default: where it was", metavar="NAME") = None,
     n: count("images of each of the four classes") = 50,
     masks: place("a CAMUS folder: its label maps", metavar="ROOT") = None,
     split: option(ANY_SPLIT, "of the label maps") = "training",
@@ -313,7 +322,7 @@ def sample_command(
 
     if masks and "masks" not in sampling.CONDITIONS[model]:
         raise DiffEchoError(f"{model} is told no label maps; leave --masks out")
-    generator = checkpoints.load_generator(checkpoint)
+    generator = checkpoints.load_generator(checkpoint, base)
     if generator.model != model:
         raise DiffEchoError(f"{checkpoint}: a checkpoint of {generator.model}")
     state, made = models.processes(), checkpoints.read_training(checkpoint)

@@ -22,21 +22,20 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
-from diffecho_utils import DiffEchoError, camus, data, models
+from diffecho_utils import DiffEchoError, base, camus, data, models
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 class TextEncoder:
-    """Prompts to token states: the text half of a CLIP checkpoint, on the device it is called for."""
+    """Prompts to token states: the text half of a CLIP and its tokenizer, where the network is."""
 
-    def __init__(self, clip_folder):
-        clip, self.tokenizer = load_clip(clip_folder)
-        self.model = clip.text_model
+    def __init__(self, model, tokenizer):
+        self.model, self.tokenizer = model, tokenizer
 
     @torch.no_grad()
     def __call__(self, texts):
-        """(N, L, D) float32 last hidden states of N texts, each padded to `TOKENS`; "" is the null prompt."""
+        """(N, L, D) float32 last hidden states of N texts, each padded to what it takes; "" is the null prompt."""
         ids = models.tokens(self.tokenizer, texts)
         device = next(self.model.parameters()).device
         return self.model(ids.to(device)).last_hidden_state
@@ -144,6 +143,12 @@ def load_clip(folder):
     return clip, CLIPTokenizer.from_pretrained(folder, local_files_only=True)
 
 
+def load_text_encoder(folder):
+    """The `TextEncoder` of the CLIP checkpoint in `folder`; errors as `load_autoencoder`."""
+    clip, tokenizer = load_clip(folder)
+    return TextEncoder(clip.text_model, tokenizer)
+
+
 def load_network(folder):
     """The segmenter or classifier in `folder`, a `Judge`; errors as `load_autoencoder`."""
     made = read_training(folder)
@@ -153,10 +158,11 @@ def load_network(folder):
     return Judge(network, made["side"], made.get("stretched", False)).eval()
 
 
-def load_generator(folder):
+def load_generator(folder, name=None):
     """The `Generator` in `folder`, of whichever model, with the checkpoints it was trained with.
 
-    Raises DiffEchoError where one of those is missing or is not the one of the training.
+    name: of the base that it was trained on (`base`), where that lies elsewhere by now. Raises
+    DiffEchoError where one of those is missing or is not the one of the training.
     """
     folder, made = Path(folder), read_training(folder)
     model = made.get("model")
@@ -164,8 +170,10 @@ def load_generator(folder):
         raise DiffEchoError(
             f"{folder}: a checkpoint of {model!r}, no generator ({models.GENERATORS})"
         )
-    base = needed(folder, "text") if model == "text-seg" else folder
-    vae = load_autoencoder(needed(base, "autoencoder")) if made["needs"] else None
+    if made.get("base"):
+        return _on_base(folder, made, name)
+    under = needed(folder, "text") if model == "text-seg" else folder
+    vae = load_autoencoder(needed(under, "autoencoder")) if made["needs"] else None
     text, classes = None, Generator.classes
     if model == "unconditional":
         classes = tuple(
@@ -178,17 +186,44 @@ def load_generator(folder):
     elif model == "sdm":
         denoiser = models.SemanticDiffusion(_load(folder / "unet", "SPADEDiffusionModelUNet"))
     else:
-        text = TextEncoder(needed(base, "clip"))
-        denoiser = models.TextGuided(_load(base / "unet", "UNet2DConditionModel"))
+        text = load_text_encoder(needed(under, "clip"))
+        denoiser = models.TextGuided(_load(under / "unet", "UNet2DConditionModel"))
     if model == "text-seg":
         controlnet = _load(folder / "controlnet", "ControlNetModel")
         strength = made.get("strength", 1.0)
         denoiser = models.TextSegmentationGuided(denoiser.unet, controlnet, strength)
+    scheduler = diffusers.DDPMScheduler.from_pretrained(under / "scheduler")
+    return _generator(made, denoiser, scheduler, vae, text, classes)
+
+
+def _on_base(folder, made, name=None):
+    """The `Generator` that was fine-tuned on a base: all but what was trained comes from there."""
+    at = base.folder_of(name or made["base"]["name"])
+    if base.digest(at) != made["base"]["sha256"]:
+        raise DiffEchoError(
+            f"{at}: not the base that {folder} was trained on, {made['base']['name']} (its SHA-256 "
+            "differs); name that one with --base"
+        )
+    unet, text = base.load(at, "unet"), None
+    if made["model"] == "text":
+        if (folder / base.LORA_WEIGHTS).is_file():
+            unet = base.take_lora(unet, folder)
+        else:
+            unet = _load(folder / "unet", "UNet2DConditionModel")
+        denoiser = models.TextGuided(unet)
+    else:
+        controlnet = _load(folder / "controlnet", "ControlNetModel")
+        denoiser = models.TextSegmentationGuided(unet, controlnet, made.get("strength", 1.0))
+    text = TextEncoder(base.load(at, "text_encoder"), base.load_tokenizer(at))
+    return _generator(made, denoiser, base.load_scheduler(at), base.load(at, "vae"), text)
+
+
+def _generator(made, denoiser, scheduler, vae, text, classes=Generator.classes):
     channels, side = 1 if vae is None else vae.config.latent_channels, made["latent_side"]
     return Generator(
-        model,
+        made["model"],
         denoiser.eval().to(memory_format=torch.channels_last),  # a fifth faster on a CPU
-        diffusers.DDPMScheduler.from_pretrained(base / "scheduler"),
+        scheduler,
         vae,
         (channels, side, side),
         text,

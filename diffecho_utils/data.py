@@ -240,13 +240,15 @@ def in_batches(call, images, module, batch=64):
 def encode(vae, images):
     """Latents of images, scaled to unit variance: (N, 1, H, W) -> (N, C, H/f, W/f) float32 on the CPU.
 
-    Without an autoencoder (None) the images themselves, for diffusion in pixels; `decode` alike.
+    Without an autoencoder (None) the images themselves, for diffusion in pixels; `decode` alike. One of
+    colours is given three equal channels, and the mean of its three is taken.
     """
     if vae is None:
         return images
     vae = vae.to(memory_format=torch.channels_last)  # faster
 
     def mean(part):
+        part = part.expand(-1, vae.config.in_channels, -1, -1)
         part = part.to(memory_format=torch.channels_last)
         return vae.encode(part).latent_dist.mean.float()
 
@@ -258,7 +260,11 @@ def decode(vae, latents):
     if vae is None:
         return latents.float().cpu().clamp(-1, 1)
     scaled = latents / vae.config.scaling_factor
-    return in_batches(lambda part: vae.decode(part).sample.float(), scaled, vae).clamp(-1, 1)
+
+    def grey(part):
+        return vae.decode(part).sample.float().clamp(-1, 1).mean(1, keepdim=True)
+
+    return in_batches(grey, scaled, vae)
 
 
 def latent_views(vae, frames, views=1, seed=0, cache_dir=None, **amounts):

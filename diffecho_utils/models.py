@@ -9,6 +9,7 @@ import math
 import re
 from collections import Counter
 from datetime import timedelta
+from importlib.util import find_spec
 
 import diffusers
 import torch
@@ -40,6 +41,27 @@ def processes():
 def device():
     """Where this process's networks run: its GPU, else the CPU."""
     return processes().device
+
+
+def half(recipe):
+    """The half precision that a `profiles.Recipe` is trained in here: a dtype, or None.
+
+    bfloat16 where a GPU has it for real (a T4 has not); else float16 for a recipe that spares memory.
+    """
+    if not recipe.bf16 or not torch.cuda.is_available():
+        return None
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16
+    return torch.float16 if recipe.sparing else None
+
+
+def adam(recipe):
+    """The optimiser's class for a `profiles.Recipe`: AdamW, or bitsandbytes' with a quarter of its state."""
+    if recipe.sparing and torch.cuda.is_available() and find_spec("bitsandbytes"):
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit
+    return torch.optim.AdamW
 
 
 def build_autoencoder(profile):
@@ -102,12 +124,7 @@ def build_unconditional(profile):
 
 
 def build_text_unet(profile):
-    """UNet2DConditionModel: cross-attention to the tokens of a prompt at every level but the first.
-
-    Profile paper: Stable Diffusion's own, from a local folder or the Hub.
-    """
-    if profile.pretrained:
-        return diffusers.UNet2DConditionModel.from_pretrained(profile.pretrained, subfolder="unet")
+    """UNet2DConditionModel: cross-attention to the tokens of a prompt at every level but the first."""
     return _unet(
         diffusers.UNet2DConditionModel,
         profile.side // autoencoder_factor(profile),
@@ -134,15 +151,15 @@ def _unet(network, side, inputs, channels, down, **settings):
     )
 
 
-def build_controlnet(unet):
+def build_controlnet(unet, hint=(8, 16, 32, 64)):
     """ControlNetModel: a trainable copy of the text model's encoder, joined by zero convolutions.
 
     The control image has three channels, red the LV cavity, green the myocardium, blue the atrium,
-    so that stock pipelines take a label map as an RGB picture. Its hint network is half as wide as is
-    usual: it works at the resolution of images, and would take half of the training's time.
+    so that stock pipelines take a label map as an RGB picture. hint: channels of the network that reads
+    it, by default half as many as is usual: at the resolution of images it would take half of the time.
     """
     return diffusers.ControlNetModel.from_unet(
-        unet, conditioning_channels=3, conditioning_embedding_out_channels=(8, 16, 32, 64)
+        unet, conditioning_channels=3, conditioning_embedding_out_channels=hint
     )
 
 
@@ -181,7 +198,7 @@ def build_scheduler(prediction="v_prediction"):
     )
 
 
-def build_tokenizer(texts, size=1000):
+def build_tokenizer(texts, size=1000, length=TOKENS):
     """CLIPTokenizer whose byte-pair merges were learned on `texts`: any word can be spelled with it.
 
     Byte-pair encoding (Sennrich et al. 2016): the most frequent pair of neighbours becomes a token, up to
@@ -208,7 +225,7 @@ def build_tokenizer(texts, size=1000):
         for symbols in spelled.values():
             _merge(symbols, best)
     vocabulary = {token: index for index, token in enumerate(known)}
-    return transformers.CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=TOKENS)
+    return transformers.CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=length)
 
 
 def _merge(symbols, pair):
@@ -221,8 +238,8 @@ def _merge(symbols, pair):
 
 
 def tokens(tokenizer, texts):
-    """(N, L) int64 ids of N texts in lower case, each padded or cut to `TOKENS`."""
-    settings = {"padding": "max_length", "max_length": TOKENS, "truncation": True}
+    """(N, L) int64 ids of N texts in lower case, each padded or cut to what the tokenizer takes."""
+    settings = {"padding": "max_length", "truncation": True}
     lower = [text.lower() for text in texts]
     return tokenizer(lower, return_tensors="pt", **settings).input_ids
 

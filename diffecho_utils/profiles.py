@@ -23,6 +23,9 @@ class Recipe:
     ema: float = 0.999
     beta1: float = 0.9  # AdamW's first momentum; adversarial training wants less
     bf16: bool = True  # mixed precision where the device has it
+    sparing: bool = (
+        False  # of a GPU's memory: float16 where it has no bf16, 8-bit Adam where there is one
+    )
     accumulation: int = 1
     save_every: int = 250
     prediction: str = "v_prediction"  # what a denoiser answers with; or "epsilon", the noise
@@ -53,6 +56,7 @@ class Profile:
     clip: Recipe
     unconditional: Recipe  # of each of the four networks
     text: Recipe
+    lora: Recipe  # of a base's text model, instead of `text`
     text_seg: Recipe
     sdm: Recipe
     segmenter: Recipe
@@ -60,7 +64,7 @@ class Profile:
     live_steps: int  # training steps that a chapter runs while you read
     samples: int  # images that a chapter generates for its figures and metrics
     sampling_steps: int
-    pretrained: str | None  # Stable Diffusion's weights: a local folder or a name on the Hub
+    base: str | None  # a Stable Diffusion 1.x to fine-tune (`base`); None: networks of our own
     unconditional_pixels: int | None  # side of unconditional models that diffuse pixels
     stretched: bool = False  # frames to the square, or padded to it
     phantom_seed: int = 2024
@@ -71,7 +75,8 @@ STAGES = {"autoencoder": ("reconstruction", "texture")}
 
 _MOMENT = Recipe(steps=4, batch=4, learning_rate=1e-3, warmup=1, save_every=2)
 _PAPER = Recipe(steps=120000, batch=4, learning_rate=1e-4, ema=0.9999, prediction="epsilon")
-_TUNED = replace(_PAPER, batch=1, learning_rate=5e-6, schedule="constant")  # Stable Diffusion's
+_TUNED = replace(_PAPER, batch=1, learning_rate=5e-6, schedule="constant", sparing=True)  # a base
+_LORA = replace(_TUNED, steps=2000, batch=4, learning_rate=1e-4, ema=0.999, save_every=100)
 
 _TABLE = {
     "name": ("smoke", "cpu", "gpu", "paper"),
@@ -85,7 +90,7 @@ _TABLE = {
     "samples": (16, 200, 1000, 2000),
     "sampling_steps": (4, 20, 20, 1000),
     "unconditional_pixels": (None, None, None, 128),
-    "pretrained": (None, None, None, "stable-diffusion-v1-5/stable-diffusion-v1-5"),
+    "base": (None, None, None, "stable-diffusion-v1-5/stable-diffusion-v1-5"),
     "clip_width": (32, 128, 256, 768),
     "clip_layers": (1, 3, 4, 12),
     "autoencoder_channels": (
@@ -144,6 +149,7 @@ _TABLE = {
         Recipe(steps=12000, batch=128, learning_rate=3e-4, ema=0.9995),
         replace(_TUNED, steps=35000, accumulation=4, learning_rate=1e-5),
     ),
+    "lora": (_MOMENT, _LORA, _LORA, _LORA),
     "text_seg": (
         _MOMENT,
         Recipe(steps=1500, batch=32, learning_rate=1e-3, ema=0.998),

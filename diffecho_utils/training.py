@@ -32,6 +32,7 @@ from torch.optim.swa_utils import update_bn
 
 from diffecho_utils import (
     DiffEchoError,
+    base,
     camus,
     checkpoints,
     data,
@@ -58,6 +59,10 @@ MODELS = {
     "segmenter": (),
     "classifier": (),
 }
+ON_A_BASE = {
+    "text": "paper",
+    "text-seg": "paper-seg",
+}  # and what these read there: the paper's prompts
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,7 @@ def train(
     say=print,
     provenance=None,
     cache_dir=None,
+    lora=None,
     **settings,
 ):
     """Train `model`, one of `MODELS`, on `frames` (data.Frames) and save it in `folder`.
@@ -93,17 +99,25 @@ def train(
     from, as fine-tuning does: its weights that have the name and the shape of this model's; default:
     random weights. minutes: as many steps as fit, by the speed of the first ones, instead of the
     recipe's; for a model of several stages, of each. A run that was interrupted in `folder` goes on, if it
-    is this one; restart: it is thrown away. say: is given a line of text now and then. `settings` go to
-    the objective. Returns the log, a DataFrame with a row every few steps and the column stage. Raises
+    is this one; restart: it is thrown away. say: is given a line of text now and then. lora: rank of
+    the low-rank additions that are trained instead of a base's whole UNet (text). `settings` go to the
+    objective; templates (text, text-seg): which prompts are read. Returns the log, a DataFrame with a row every few steps and the column stage. Raises
     DiffEchoError for what is missing, and where `folder` holds a run that was made from other things.
     """
     folder, needs = Path(folder), _wanted(model, profile, needs or {})
     started_from = start and checkpoints.read_training(start)
-    facts = _facts(model, frames, profile, seed)
+    facts, at = _facts(model, frames, profile, seed), None
+    if profile.base and model in ON_A_BASE:
+        at = base.folder_of(profile.base, say)
+        facts |= {"base": {"name": str(profile.base), "sha256": base.digest(at)}, "lora": lora}
+    elif lora:
+        raise DiffEchoError(
+            "LoRA adds to a base's UNet; name one with --base, or a profile that has one"
+        )
     origin = facts | _origin(frames, needs, start, settings)
     torch.manual_seed(seed)
     parts, logs, recipes = [], [], {}
-    for stage in _stages(model, frames, profile, needs, seed, cache_dir, settings):
+    for stage in _stages(model, frames, profile, needs, at, lora, seed, cache_dir, settings, say):
         state, recipe = folder / "state" / f"{stage.name}.safetensors", stage.recipe
         for subfolder, part in stage.parts:
             if start is not None and isinstance(part, nn.Module):
@@ -131,9 +145,9 @@ def train(
 
 
 def builds_on(model, profile):
-    """Names of the checkpoints that `model` needs in this profile: models of pixels need none."""
+    """Names of the checkpoints that `model` needs in this profile: none in pixels, none on a base."""
     in_pixels = model == "unconditional" and profile.unconditional_pixels
-    return () if in_pixels else MODELS[model]
+    return () if in_pixels or (profile.base and model in ON_A_BASE) else MODELS[model]
 
 
 def _wanted(model, profile, needs):
@@ -189,7 +203,7 @@ def _told(log):
     }
 
 
-def _stages(model, frames, profile, needs, seed, cache_dir, settings):
+def _stages(model, frames, profile, needs, at, lora, seed, cache_dir, settings, say):
     """The stages of `model`: generated one by one, as a later one may need what an earlier one trained."""
     if model == "autoencoder":
         return _autoencoder(frames, profile, settings)
@@ -197,7 +211,9 @@ def _stages(model, frames, profile, needs, seed, cache_dir, settings):
         return _clip(frames, profile, settings)
     if model in ("segmenter", "classifier"):
         return _judge(model, frames, profile, settings)
-    if needs:
+    if at is not None:
+        vae = base.load(at, "vae").to(models.device())
+    elif needs:
         folder = needs.get("autoencoder") or checkpoints.needed(needs["text"], "autoencoder")
         vae = checkpoints.load_autoencoder(folder).to(models.device())
         _check_latents(vae, folder, frames, profile)
@@ -209,6 +225,8 @@ def _stages(model, frames, profile, needs, seed, cache_dir, settings):
         return _unconditional(frames, profile, views, settings)
     if model == "sdm":
         return _sdm(profile, views, settings)
+    if at is not None:
+        return _text_on_base(model, frames, profile, views, at, lora, settings, say)
     return _text(model, frames, profile, views, needs, settings)
 
 
@@ -267,12 +285,9 @@ def _sdm(profile, views, settings):
 
 def _text(model, frames, profile, views, needs, settings):
     """The text model; or, on the frozen one in the folder needs["text"], its ControlNet."""
-    settings = dict(settings)
-    texts, ids = data.prompt_table(frames, settings.pop("templates", TRAINING_PROMPTS))
-    tensors = {"latents": views["latents"]}
-    tensors["prompts"] = ids.repeat(len(views["latents"]) // len(frames), 1)
+    texts, tensors = _told_of(frames, views, settings.pop("templates", TRAINING_PROMPTS))
     if model == "text":
-        encoder = checkpoints.TextEncoder(needs["clip"])
+        encoder = checkpoints.load_text_encoder(needs["clip"])
         unet, recipe = models.build_text_unet(profile), profile.text
         denoiser, scheduler = models.TextGuided(unet), models.build_scheduler(recipe.prediction)
         parts = [("unet", unet), ("scheduler", scheduler)]
@@ -285,6 +300,31 @@ def _text(model, frames, profile, views, needs, settings):
         tensors["masks"], parts = views["masks"], [("controlnet", controlnet)]
     objective = _diffusion(denoiser, scheduler, recipe, settings, encoder(texts))
     yield Stage(model, objective, tensors, recipe, parts)
+
+
+def _text_on_base(model, frames, profile, views, at, lora, settings, say):
+    """Stable Diffusion's own UNet, whole or by LoRA; or a ControlNet on it, frozen: as in the paper."""
+    texts, tensors = _told_of(frames, views, settings.pop("templates", [ON_A_BASE[model]]))
+    encoder = checkpoints.TextEncoder(base.load(at, "text_encoder"), base.load_tokenizer(at))
+    unet, scheduler = base.load(at, "unet"), base.load_scheduler(at)
+    denoiser, recipe, part = models.TextGuided(unet), profile.text, ("unet", unet)
+    if model == "text-seg":
+        controlnet = models.build_controlnet(unet, hint=(16, 32, 96, 256))
+        denoiser, recipe = models.TextSegmentationGuided(unet, controlnet), profile.text_seg
+        tensors["masks"], part = views["masks"], ("controlnet", controlnet)
+    elif lora:
+        recipe, part = profile.lora, ("", base.Lora(unet, lora))
+    recipe = replace(recipe, prediction=scheduler.config.prediction_type)
+    say(base.spare(denoiser, recipe))
+    objective = _diffusion(denoiser, scheduler, recipe, settings, encoder(texts))
+    yield Stage(model, objective, tensors, recipe, [part])
+
+
+def _told_of(frames, views, templates):
+    """(texts, tensors): the prompts of these templates, and which of them go with each latent."""
+    texts, ids = data.prompt_table(frames, templates)
+    copies = len(views["latents"]) // len(frames)
+    return texts, {"latents": views["latents"], "prompts": ids.repeat(copies, 1)}
 
 
 def _diffusion(denoiser, scheduler, recipe, settings, states=None):
@@ -351,14 +391,15 @@ def fit(
             torch.manual_seed(own + _seed(seed, 0, run.step))
             for batch in run.batches(run.step):
                 with accelerator.accumulate(model):
-                    with torch.autocast(accelerator.device.type, torch.bfloat16, run.half):
+                    with torch.autocast(accelerator.device.type, run.half, run.half is not None):
                         loss, parts = model(**batch)
                     accelerator.backward(loss)
                     log.add({"loss": loss} | parts, recipe.accumulation)
                     if accelerator.sync_gradients:  # with the last piece of the batch
                         norm = accelerator.clip_grad_norm_(run.trained, recipe.clip)
-                        log.add({"gradient_norm": norm})
                     optimizer.step()
+                    if accelerator.sync_gradients and not optimizer.step_was_skipped:
+                        log.add({"gradient_norm": norm})  # float16 skips what was scaled too much
                     optimizer.zero_grad()
             run.ema.step(run.averaged)
             run.step += 1
@@ -390,16 +431,19 @@ class _Run:
 
     def __init__(self, objective, tensors, recipe, seed, origin):
         models.processes()
+        self.half = models.half(recipe)
         self.accelerator = Accelerator(
             cpu=not torch.cuda.is_available(),
-            mixed_precision="no",  # the recipe says it, and not the environment
+            # The recipe says it, and not the environment; only float16 needs more than autocast
+            mixed_precision="fp16" if self.half == torch.float16 else "no",
             gradient_accumulation_steps=recipe.accumulation,
         )
         self.objective, self.tensors, self.recipe, self.seed = objective, tensors, recipe, seed
         self.trained = [p for p in objective.parameters() if p.requires_grad]
         self.averaged = [p for p in objective.network.parameters() if p.requires_grad]
         settings = {"betas": (recipe.beta1, 0.999), "weight_decay": recipe.weight_decay}
-        self.optimizer = torch.optim.AdamW(self.trained, recipe.learning_rate, **settings)
+        adam = models.adam(recipe)
+        self.optimizer = adam(self.trained, recipe.learning_rate, **settings)
         self.ema = EMAModel(self.averaged, decay=recipe.ema, foreach=True)
         processes = self.accelerator.num_processes
         self.origin = {"recipe": asdict(recipe), "processes": processes, "seed": seed} | origin
@@ -413,8 +457,6 @@ class _Run:
         self.ema.to(device)
         self.tensors = {name: tensor.to(device) for name, tensor in self.tensors.items()}
         self.objective.train()
-        self.half = self.recipe.bf16 and device.type == "cuda"
-        self.half = self.half and torch.cuda.is_bf16_supported(including_emulation=False)  # no T4
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         return model, self.optimizer, self.accelerator
@@ -469,10 +511,12 @@ class _Run:
             tensors = {f"objective.{k}": v for k, v in self.objective.state_dict().items()}
             tensors |= {f"ema.{i}": v for i, v in enumerate(self.ema.shadow_params)}
             for i, values in self.optimizer.state_dict()["state"].items():
+                values = {k: torch.as_tensor(v) for k, v in values.items()}
                 tensors |= {f"optimizer.{i}.{k}": v for k, v in values.items()}
             tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
             facts = {"step": self.step, "made_from": self.origin, "log": self.rows}
             facts["ema_steps"] = self.ema.optimization_step
+            facts["scaler"] = self.accelerator.scaler and self.accelerator.scaler.state_dict()
             files.save_tensors(path, tensors, {"facts": json.dumps(facts)})
         self.saved = self.step
 
@@ -495,6 +539,8 @@ class _Run:
         self.ema.optimization_step = facts["ema_steps"]
         state = {i: under(f"optimizer.{i}.") for i in range(len(self.trained))}
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})
+        if facts.get("scaler"):
+            self.accelerator.scaler.load_state_dict(facts["scaler"])
         self.step = self.saved = facts["step"]
         self.rows = facts["log"]
 

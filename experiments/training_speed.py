@@ -47,7 +47,7 @@ def compute(world, steps, batch, repeats, machine):
     with tempfile.TemporaryDirectory() as folder:
         brief = profiles.adapt(profile, "clip", steps=[1], batch=4)
         training.train("clip", frames, brief, Path(folder) / "clip", **QUIET)
-        encode_text = checkpoints.TextEncoder(Path(folder) / "clip")
+        encode_text = checkpoints.load_text_encoder(Path(folder) / "clip")
         started = time.perf_counter()
         views = data.latent_views(vae, frames, 1)
         texts, ids = data.prompt_table(frames, ("clinical",))

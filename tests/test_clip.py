@@ -81,7 +81,7 @@ def test_distinct_prompts_give_the_loss_of_clip(clip, tokenizer, frames):
 
 
 def test_text_encoder_gives_token_states(folder, smoke):
-    encoder = checkpoints.TextEncoder(folder)
+    encoder = checkpoints.load_text_encoder(folder)
     states = encoder(["", "two-chamber view", "two-chamber heart", "Two-Chamber View"])
     assert states.shape == (4, models.TOKENS, smoke.clip_width)
     assert states.dtype == torch.float32 and not states.requires_grad
