@@ -106,14 +106,8 @@ def train(
     """
     folder, needs = Path(folder), _wanted(model, profile, needs or {})
     started_from = start and checkpoints.read_training(start)
-    facts, at = _facts(model, frames, profile, seed), None
-    if profile.base and model in ON_A_BASE:
-        at = base.folder_of(profile.base, say)
-        facts |= {"base": {"name": str(profile.base), "sha256": base.digest(at)}, "lora": lora}
-    elif lora:
-        raise DiffEchoError(
-            "LoRA adds to a base's UNet; name one with --base, or a profile that has one"
-        )
+    at, on_base = _base(model, profile, lora, say)
+    facts = _facts(model, frames, profile, seed) | on_base
     origin = facts | _origin(frames, needs, start, settings)
     torch.manual_seed(seed)
     parts, logs, recipes = [], [], {}
@@ -161,6 +155,19 @@ def _wanted(model, profile, needs):
             f"{model} builds on {missing}; train these first, and pass their folders"
         )
     return {name: needs[name] for name in names}
+
+
+def _base(model, profile, lora, say):
+    """(folder, facts) of the base that `model` is fine-tuned on; (None, {}) for a network of our own."""
+    if profile.base and model in ON_A_BASE:
+        at = base.folder_of(profile.base, say)
+        made = {"name": str(profile.base), "sha256": base.digest(at)}
+        return at, {"base": made, "lora": lora}
+    if lora:
+        raise DiffEchoError(
+            "LoRA adds to a base's UNet; name one with --base, or a profile that has one"
+        )
+    return None, {}
 
 
 def _facts(model, frames, profile, seed):
