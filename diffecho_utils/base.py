@@ -13,17 +13,16 @@ import json
 from pathlib import Path
 
 import torch
+import transformers
 from diffusers import (
     AutoencoderKL,
     DDPMScheduler,
     PNDMScheduler,
-    StableDiffusionPipeline,
     UNet2DConditionModel,
 )
 from diffusers.utils import convert_state_dict_to_diffusers
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from peft import LoraConfig, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -202,6 +201,8 @@ class Lora:
     """
 
     def __init__(self, unet, rank):
+        from peft import LoraConfig  # slow to import
+
         self.unet = unet
         unet.requires_grad_(False)
         unet.add_adapter(
@@ -212,14 +213,26 @@ class Lora:
 
     def save_pretrained(self, folder):
         """Write what was added, and no more, into `folder`."""
+        from peft import get_peft_model_state_dict
+
         added = convert_state_dict_to_diffusers(get_peft_model_state_dict(self.unet))
-        StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=added)
+        _pipeline().save_lora_weights(folder, unet_lora_layers=added)
 
 
 def take_lora(unet, folder):
     """Add to the base's `unet` what `Lora` saved in `folder`; returns it."""
     unet.load_lora_adapter(folder, weight_name=LORA_WEIGHTS, prefix="unet")
     return unet
+
+
+def _pipeline():
+    """diffusers' StableDiffusionPipeline, which is slow to import and complains of a missing torchvision."""
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    from diffusers import StableDiffusionPipeline
+
+    transformers.logging.set_verbosity(before)
+    return StableDiffusionPipeline
 
 
 def tiny(folder, side=64):
@@ -265,7 +278,7 @@ def tiny(folder, side=64):
         steps_offset=1,
     )
     parts = {"vae": vae, "text_encoder": text, "tokenizer": tokenizer, "unet": unet}
-    StableDiffusionPipeline(
+    _pipeline()(
         **parts,
         scheduler=scheduler,
         safety_checker=None,

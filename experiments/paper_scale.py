@@ -146,7 +146,7 @@ def main():
         folder,
         "paper_scale",
         {"ways": rows, "cards": CARDS, "reached": REACHED, "limit_gb": LIMIT / 1e9},
-        world="none",
+        world="no data",
         profile="paper",
         split="none",
         command="python experiments/paper_scale.py",
