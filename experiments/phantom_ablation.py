@@ -4,9 +4,7 @@ Chapter 01 shows it. An hour on two cores.
 """
 
 import phantom_realism
-from phantom_realism import SETTINGS, SPLIT, compute  # noqa: F401
-
-SEEDS = [0, 1]
+from phantom_realism import SEEDS, SETTINGS, SPLIT, compute  # noqa: F401
 
 
 def rows(world, patients=120, settings=tuple(SETTINGS), seeds=2, steps=1500):

@@ -8,13 +8,13 @@ An experiment is a module of this folder:
     rows(world, **options)      {row: settings}, the most telling first; options of the command line
     compute(world, **settings)  the values of one row
     collect(world, found)       {record: values} of {row: values}; without it the rows become a zip
-    SEEDS, SPLIT                of its records; WORLD = "phantom": it is not made on --data
+    SEEDS, SPLIT                of rows without a `seed`, of records; WORLD = "phantom": it is not made on --data
     USES                        shipped networks that rows use, beside the `model` of their settings
 
 A row is a record of its own in _build/experiments/NAME, whole or not there. The name of its file ends in
-a hash of all that fixes it: data, profile, settings (of a path: what lies there), weights. Rows that are
-there are kept: a command can be killed at any moment and repeated, and several can run side by side,
-because who computes a row holds a lock on it, which the system opens when the process dies.
+a hash of what fixes it: data, profile, settings (of a path: what lies there), weights; not the code: after
+a change of that, --again. Rows that are there are kept: a command can be killed at any moment and repeated,
+and several can run side by side, since who computes a row holds a lock that does not outlive the process.
 """
 
 import argparse
@@ -152,31 +152,39 @@ def side_by_side(name, words, processes):
 
 
 def write_row(experiment, world, row, settings, path, facts):
+    """Compute a row and write it, in full precision."""
     print(f"{experiment.__name__}: {row}", flush=True)
     started = time.perf_counter()
     values = experiment.compute(world, **settings)
     values = {"seconds": round(time.perf_counter() - started, 1)} | values
-    seeds = [settings["seed"]] if "seed" in settings else experiment.SEEDS
-    results.save(path.parent, path.stem, values, seeds=seeds, **facts)
+    record = results.provenance(facts["command"]) | facts | {"name": path.stem, "values": values}
+    record["licence"] = results.LICENCES.get(world.name, "of the data")
+    record["seeds"] = [settings["seed"]] if "seed" in settings else experiment.SEEDS
+    files.write_text(path, json.dumps(record, indent=1, default=lambda x: x.tolist()) + "\n")
 
 
-def write_records(experiment, world, records, facts):
-    """The records, which say of their making what their rows say of theirs; or the zip of the rows."""
+def write_records(experiment, world, rows, facts):
+    """The records of an experiment, or the zip of its `rows`, {name: record}."""
     if not hasattr(experiment, "collect"):
         with tempfile.TemporaryDirectory() as folder:
-            for row, record in records.items():
-                text = json.dumps(record | {"name": file_name(row)}, indent=1)
-                (Path(folder) / f"{file_name(row)}.json").write_text(text + "\n")
+            for row, record in rows.items():
+                save(folder, file_name(row), record["values"], [record], facts)
             print("wrote", results.pack(folder, world.out / f"{experiment.__name__}.zip"))
         return
-    found = {row: record["values"] for row, record in records.items()}
+    found = {row: record["values"] for row, record in rows.items()}
     for values in found.values():
         del values["seconds"]
-    made = results.shared(records.values()) if records else {}
     for name, values in experiment.collect(world, found).items():
-        path = results.save(world.out, name, values, seeds=experiment.SEEDS, **facts)
-        files.write_text(path, json.dumps(results.load(path) | made, indent=1) + "\n")
-        print("wrote", path)
+        print("wrote", save(world.out, name, values, list(rows.values()), facts))
+
+
+def save(folder, name, values, rows, facts):
+    """Write a record, which says of its making what its rows say of theirs; returns its path."""
+    seeds = sorted({seed for row in rows for seed in row["seeds"]})
+    path = results.save(folder, name, values, seeds=seeds, **facts)
+    made = results.shared(rows) | {"versions": rows[0]["versions"]} if rows else {}
+    files.write_text(path, json.dumps(results.load(path) | made, indent=1) + "\n")
+    return path
 
 
 if __name__ == "__main__":

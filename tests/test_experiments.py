@@ -18,7 +18,7 @@ TOY = """
 import os, signal, time
 from pathlib import Path
 
-SEEDS, SPLIT, LOG = [7], None, Path(__file__).with_name("log")
+SEEDS, SPLIT, LOG = [], None, Path(__file__).with_name("log")
 
 
 def rows(world, scale=1, given=Path("none")):
@@ -64,7 +64,7 @@ def test_killed_and_repeated(run, tmp_path, phantom_root, capsys):
     assert log.read_text() == "01223"
     record = results.load(out / "toy.json")
     assert record["values"] == {f"row {i}": pytest.approx(i / 3, rel=1e-5) for i in range(4)}
-    assert record["world"] == "phantom" and record["seeds"] == [7]
+    assert record["world"] == "phantom" and record["seeds"] == [0, 1, 2, 3]
     assert str(phantom_root) not in record["command"] and "run.py toy" in record["command"]
     assert run("toy", "--profile", "cpu") == 0 and log.read_text() == "01223"
     rows = sorted((assets.workspace() / "experiments" / "toy").glob("*.json"))
