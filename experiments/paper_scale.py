@@ -1,13 +1,10 @@
 """What fine-tuning Stable Diffusion takes, at 512 px: parameters, memory, hours. Estimated; measured on a GPU.
 
-    python experiments/paper_scale.py            (a minute on a CPU)
-
 Sizes come from the networks of the published configuration on torch's meta device, which has shapes and no
 values: what the way back keeps is counted as it is kept. On a GPU the same networks, with random weights, are
 trained for a few steps, within 16 GB where the card has more: speed does not depend on what weights are.
 """
 
-import argparse
 import time
 from unittest import mock
 
@@ -17,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from diffecho_utils import assets, base, models, profiles, results
 
+WORLD, SEEDS, SPLIT = "phantom", [], None
 # Dense half-precision TFLOP a second and GB, of the makers' data sheets.
 CARDS = {"T4": (65, 16), "L4": (121, 24), "A100": (312, 40), "H100": (989, 80)}
 REACHED = 0.3  # the share of it that such trainings reach, a rule of thumb
@@ -126,34 +124,28 @@ def measured(way, steps=10):
     }
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.parse_args()
-    rows = {}
-    for way in WAYS:
-        with mock.patch.object(models, "control_image", blank):
-            kept, again = (estimated(way, checkpointing) for checkpointing in (False, True))
-        found = {"kept": kept, "checkpointed": again, "hours": hours(way, again["tflop_an_image"])}
-        if torch.cuda.is_available():
-            try:
-                found["measured"] = measured(way)
-            except torch.OutOfMemoryError:
-                found["measured"] = f"does not fit {LIMIT / 1e9:.0f} GB"
-            torch.cuda.empty_cache()
-        rows[way] = found
+def rows(world):
+    return {way: {"way": way, "machine": results.hardware()} for way in WAYS}
+
+
+def compute(world, way, machine):
+    with mock.patch.object(models, "control_image", blank):
+        kept, again = (estimated(way, checkpointing) for checkpointing in (False, True))
+    found = {"kept": kept, "checkpointed": again, "hours": hours(way, again["tflop_an_image"])}
+    if torch.cuda.is_available():
+        try:
+            found["measured"] = measured(way)
+        except torch.OutOfMemoryError:
+            found["measured"] = f"does not fit {LIMIT / 1e9:.0f} GB"
+        torch.cuda.empty_cache()
+    return found
+
+
+def collect(world, found):
+    """Not of any data: the record lies beside those of the worlds, under "hardware"."""
+    values = {"ways": found, "cards": CARDS, "reached": REACHED, "limit_gb": LIMIT / 1e9}
     folder = assets.root() / "data" / "results" / "hardware" / "paper"
-    results.save(
-        folder,
-        "paper_scale",
-        {"ways": rows, "cards": CARDS, "reached": REACHED, "limit_gb": LIMIT / 1e9},
-        world="no data",
-        profile="paper",
-        split="none",
-        command="python experiments/paper_scale.py",
-    )
-    for way, row in rows.items():
-        print(way, row)
-
-
-if __name__ == "__main__":
-    main()
+    facts = {"world": "hardware", "profile": "paper", "split": SPLIT}
+    command = "python experiments/run.py paper_scale"
+    print("wrote", results.save(folder, "paper_scale", values, command=command, **facts))
+    return {}
