@@ -133,7 +133,7 @@ def path_of(experiment, world, row, settings):
 
 
 def file_name(row):
-    return re.sub(r"[^a-z0-9.]+", "_", row.lower())
+    return re.sub(r"[^a-z0-9.-]+", "_", row.lower())
 
 
 def command_of(name, words):
