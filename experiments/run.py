@@ -21,7 +21,7 @@ import argparse
 import contextlib
 import functools
 import hashlib
-import importlib
+import importlib.util
 import inspect
 import json
 import os
@@ -47,7 +47,8 @@ opened = functools.cache(World)
 
 def main(arguments=None):
     """Run what the words name; 1 where an experiment failed, which does not keep the others from running."""
-    name, *words = map(str, sys.argv[1:] if arguments is None else arguments or ["--help"])
+    words = sys.argv[1:] if arguments is None else arguments
+    name, *words = map(str, words or ["--help"])
     if name in ("-h", "--help"):
         print(f"{__doc__}\nRecords: {RECORDS}\nSpeeds: {SPEEDS}")
         return 0
@@ -133,7 +134,7 @@ def path_of(experiment, world, row, settings):
 
 
 def file_name(row):
-    return re.sub(r"[^a-z0-9.]+", "_", row.lower())
+    return re.sub(r"[^a-z0-9.-]+", "_", row.lower())
 
 
 def command_of(name, words):

@@ -60,7 +60,7 @@ def runs_of(arms, sets, seeds, plain):
         for arm, change in arms.items():
             settings = {"arm": arm, "seed": seed, "asked": plain | change}
             settings["folder"] = sets / change["set"] if "set" in change else None
-            named[f"{arm}-{seed}"] = settings
+            named[f"{arm.replace('-', '_')}-{seed}"] = settings
     return named
 
 

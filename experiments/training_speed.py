@@ -80,7 +80,7 @@ def read(folder, side, rows):
             with Image.open(folder / f"{kind}{row}.png") as picture:
                 parts[kind].append(np.array(picture.resize((side, side), way)))
     images, masks = (torch.from_numpy(np.stack(pictures)) for pictures in parts.values())
-    return images[:, None].float() / 127.5 - 1, masks, rows
+    return images[:, None].float() / 127.5 - 1, masks, torch.tensor(rows)
 
 
 def built(model, profile):
