@@ -8,7 +8,6 @@ Nothing of ours stands in for any of them. Grey frames go into its autoencoder a
 back as the mean of three (`data.encode`, `data.decode`).
 """
 
-import hashlib
 import json
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError, safe_open
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from diffecho_utils import DiffEchoError, models, prompts
+from diffecho_utils import DiffEchoError, files, models, prompts
 
 NETWORKS = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
 WEIGHTS = {part: f"{part}/diffusion_pytorch_model.safetensors" for part in ("unet", "vae")}
@@ -35,10 +34,7 @@ _SMALL = ("model_index.json", "unet/config.json", "vae/config.json", "text_encod
 _SMALL += ("scheduler/scheduler_config.json", "tokenizer/vocab.json", "tokenizer/merges.txt")
 FILES = (*_SMALL, "tokenizer/tokenizer_config.json", "tokenizer/special_tokens_map.json")
 FILES += tuple(WEIGHTS.values())
-_OTHERS = {
-    1024: "Stable Diffusion 2.x",
-    2048: "Stable Diffusion XL",
-}  # by the width of their prompts
+_OTHERS = {1024: "Stable Diffusion 2.x", 2048: "Stable Diffusion XL"}  # by their prompts' width
 _OFFLINE = "; without network copy the pipeline's folder here and name it with --base FOLDER"
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 LORA_LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]  # of every attention
@@ -83,9 +79,7 @@ def folder_of(name, say=print):
 def check(folder):
     """Raise DiffEchoError unless `folder` holds a whole Stable Diffusion 1.x: parts, widths, weights."""
     folder = Path(folder)
-    there = {path.relative_to(folder).as_posix() for path in folder.glob("*/*")} | {
-        path.name for path in folder.iterdir()
-    }
+    there = {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
     _check_parts(folder, folder, there)
     for path in WEIGHTS.values():
         try:
@@ -99,8 +93,12 @@ def check(folder):
 
 def _check_parts(name, folder, there):
     """The same of a base whose files are `there`, its small ones in `folder`."""
+
+    def read(path):
+        return files.read_json(folder / path, "copy or fetch it again")
+
     if "model_index.json" in there:
-        pipeline = _read(folder, "model_index.json").get("_class_name")
+        pipeline = read("model_index.json").get("_class_name")
         if pipeline != "StableDiffusionPipeline":
             raise DiffEchoError(
                 f"{name}: a {pipeline}; give a Stable Diffusion 1.x (StableDiffusionPipeline)"
@@ -114,7 +112,7 @@ def _check_parts(name, folder, there):
                 f"{name}: no {path}{hint}; a base has {', '.join(NETWORKS)}, tokenizer and scheduler, with "
                 "weights as safetensors"
             )
-    unet, vae, text = (_read(folder, f"{part}/config.json") for part in NETWORKS)
+    unet, vae, text = (read(f"{part}/config.json") for part in NETWORKS)
     width = unet.get("cross_attention_dim")
     if width in _OTHERS:
         raise DiffEchoError(
@@ -132,20 +130,9 @@ def _check_parts(name, folder, there):
         )
 
 
-def _read(folder, path):
-    try:
-        return json.loads((folder / path).read_text())
-    except ValueError as error:
-        raise DiffEchoError(f"{folder / path}: half-written ({error}); fetch it again") from None
-
-
 def digest(folder):
-    """SHA-256 of the weights of the base in `folder`."""
-    content = hashlib.sha256()
-    for path in WEIGHTS.values():
-        with open(Path(folder) / path, "rb") as file:
-            content.update(hashlib.file_digest(file, "sha256").digest())
-    return content.hexdigest()
+    """SHA-256 over the weights of the base in `folder`."""
+    return files.digest(Path(folder) / path for path in WEIGHTS.values())
 
 
 def load(folder, part):

@@ -5,7 +5,6 @@ frames, and which checkpoints it builds on.
 """
 
 import copy
-import hashlib
 import json
 import os
 import shutil
@@ -22,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
-from diffecho_utils import DiffEchoError, base, camus, data, models
+from diffecho_utils import DiffEchoError, base, camus, data, files, models
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -237,7 +236,7 @@ def _load(folder, *classes):
     """The network in `folder`, float32, in evaluation mode; it must be of one of the stock `classes`."""
     folder = Path(folder)
     path = folder / "config.json"
-    config = _read_json(path, "pass a folder that `train` wrote")
+    config = files.read_json(path, "train or copy it again, or pass a folder that `train` wrote")
     found = config.get("_class_name") or (config.get("architectures") or ["nothing known"])[0]
     if found not in classes:
         raise DiffEchoError(f"{folder}: holds a {found}, expected a {' or '.join(classes)}")
@@ -298,29 +297,17 @@ def needed(folder, name):
 
 def weights_digest(folder):
     """SHA-256 over the weights of a checkpoint, in order of their names, without its training's state."""
-    digest = hashlib.sha256()
+    paths = sorted(Path(folder).rglob("*.safetensors"))
     try:
-        for path in sorted(Path(folder).rglob("*.safetensors")):
-            if "state" not in path.relative_to(folder).parts:
-                digest.update(path.read_bytes())
+        return files.digest(p for p in paths if "state" not in p.relative_to(folder).parts)
     except OSError as error:
         raise DiffEchoError(f"{folder}: unreadable ({error}); copy the checkpoint again") from None
-    return digest.hexdigest()
 
 
 def read_training(folder):
     """The checkpoint's training.json: how, on what, for how long it was trained."""
-    remedy = f"is {folder} a checkpoint that `train` wrote?"
-    return _read_json(Path(folder) / "training.json", remedy)
-
-
-def _read_json(path, remedy):
-    if not path.is_file():
-        raise DiffEchoError(f"{path}: missing; {remedy}")
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise DiffEchoError(f"{path}: half-written ({error}); train or copy it again") from None
+    remedy = f"is {folder} a checkpoint that `train` wrote? Else train or copy it again"
+    return files.read_json(Path(folder) / "training.json", remedy)
 
 
 def training_curve(training, stage):

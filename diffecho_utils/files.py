@@ -42,6 +42,16 @@ def read_json(path, remedy):
         raise DiffEchoError(f"{path}: half-written ({error}); {remedy}") from None
 
 
+def digest(paths):
+    """SHA-256 of the contents of files, one after the other: hexadecimal digits."""
+    content = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            while block := file.read(2**20):
+                content.update(block)
+    return content.hexdigest()
+
+
 def cached(cache_dir, name, key, make):
     """`make()`'s dict of tensors, kept as safetensors under `cache_dir`/name-<hash of key>; None: no cache."""
     if cache_dir is None:
