@@ -227,7 +227,26 @@ def tiny(folder, side=64):
 
     It knows nothing and draws noise; it shows the road, in tests and where no base can be had.
     """
-    torch.manual_seed(0)
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        parts = _tiny_parts(side)
+    _pipeline()(
+        **parts,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
+    words = Path(folder) / "tokenizer"  # as those of 2022, in two files
+    spelled = json.loads((words / "tokenizer.json").read_text())["model"]
+    (words / "vocab.json").write_text(json.dumps(spelled["vocab"]))
+    (words / "merges.txt").write_text(
+        "\n".join(["#version: 0.2", *map(" ".join, spelled["merges"])])
+    )
+    (words / "tokenizer.json").unlink()
+    return Path(folder)
+
+
+def _tiny_parts(side):
     tokenizer = models.build_tokenizer(prompts.every(), length=77)
     text = CLIPTextModel(
         CLIPTextConfig(
@@ -264,19 +283,10 @@ def tiny(folder, side=64):
         skip_prk_steps=True,
         steps_offset=1,
     )
-    parts = {"vae": vae, "text_encoder": text, "tokenizer": tokenizer, "unet": unet}
-    _pipeline()(
-        **parts,
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    ).save_pretrained(folder)
-    words = Path(folder) / "tokenizer"  # as those of 2022, in two files
-    spelled = json.loads((words / "tokenizer.json").read_text())["model"]
-    (words / "vocab.json").write_text(json.dumps(spelled["vocab"]))
-    (words / "merges.txt").write_text(
-        "\n".join(["#version: 0.2", *map(" ".join, spelled["merges"])])
-    )
-    (words / "tokenizer.json").unlink()
-    return Path(folder)
+    return {
+        "vae": vae,
+        "text_encoder": text,
+        "tokenizer": tokenizer,
+        "unet": unet,
+        "scheduler": scheduler,
+    }

@@ -237,6 +237,11 @@ def in_batches(call, images, module, batch=64):
     return torch.cat([call(part.to(device)).cpu() for part in images.split(batch)])
 
 
+def _at_a_time(side):
+    """How many images of `side` pixels an autoencoder is given: 64 of 128, as many pixels of larger ones."""
+    return max(1, min(64, 64 * 128**2 // side**2))
+
+
 def encode(vae, images):
     """Latents of images, scaled to unit variance: (N, 1, H, W) -> (N, C, H/f, W/f) float32 on the CPU.
 
@@ -252,7 +257,8 @@ def encode(vae, images):
         part = part.to(memory_format=torch.channels_last)
         return vae.encode(part).latent_dist.mean.float()
 
-    return in_batches(mean, images, vae).contiguous() * vae.config.scaling_factor
+    latents = in_batches(mean, images, vae, _at_a_time(images.shape[-1]))
+    return latents.contiguous() * vae.config.scaling_factor
 
 
 def decode(vae, latents):
@@ -260,11 +266,12 @@ def decode(vae, latents):
     if vae is None:
         return latents.float().cpu().clamp(-1, 1)
     scaled = latents / vae.config.scaling_factor
+    side = latents.shape[-1] * 2 ** (len(vae.config.block_out_channels) - 1)
 
     def grey(part):
         return vae.decode(part).sample.float().clamp(-1, 1).mean(1, keepdim=True)
 
-    return in_batches(grey, scaled, vae)
+    return in_batches(grey, scaled, vae, _at_a_time(side))
 
 
 def latent_views(vae, frames, views=1, seed=0, cache_dir=None, **amounts):
@@ -282,9 +289,11 @@ def latent_views(vae, frames, views=1, seed=0, cache_dir=None, **amounts):
         latents, masks = [encode(vae, frames.images)], [frames.masks]
         for _ in range(views - 1):
             drawn = draw_jitter(len(frames), generator)
-            copies, moved = jitter(frames.images, frames.masks, drawn, **amounts)
-            latents.append(encode(vae, copies))
-            masks.append(moved)
+            parts = (x.split(64) for x in (frames.images, frames.masks, drawn))
+            for part in zip(*parts, strict=True):  # all at once would fill the memory at 512 px
+                copies, moved = jitter(*part, **amounts)
+                latents.append(encode(vae, copies))
+                masks.append(moved)
         return {"latents": torch.cat(latents), "masks": torch.cat(masks)}
 
     return files.cached(cache_dir, "latents", key, make)
