@@ -45,6 +45,7 @@ PROFILE = string("smoke, cpu, gpu or paper")
 SEED = count(low=0, high=2**32 - 1)
 RESTART = flag("throw away what DIR holds; default: it goes on", "restart")
 STRETCH = flag("frames to squares, as re-packs do; default: padded", "stretch")
+FOLD = count("its splits instead: one of ten folds of cross-validation", high=10)
 SHIPPED = place("default: the shipped one")
 RECORD = place("write it as a record", "json", metavar="FILE")
 SPLIT = Literal["training", "validation", "testing"]  # camus.SPLITS
@@ -126,11 +127,11 @@ def _official(root):
     return folder
 
 
-def _frames(root, split, like, wanted=None, most=None):
+def _frames(root, split, like, wanted=None, most=None, fold=None):
     """`data.open_frames` of `wanted` patients, no fewer, or of `most` at most."""
     from diffecho_utils import data
 
-    frames = data.open_frames(root, split, like, patients=wanted or most)
+    frames = data.open_frames(root, split, like, wanted or most, fold)
     found = frames.table["patient"].nunique()
     if wanted and found < wanted:
         raise DiffEchoError(
@@ -238,6 +239,7 @@ def train_command(
     root: DATA,
     out: OUT,
     split: ANY_SPLIT = "training",
+    fold: FOLD = None,
     profile: PROFILE = "cpu",
     autoencoder: SHIPPED = None,
     clip: SHIPPED = None,
@@ -276,7 +278,7 @@ def train_command(
     profile = profiles.narrowed(profile, width) if width else profile
     recipe = {name: context.params[name] for name in RECIPE}
     profile = profiles.adapt(profile, "lora" if lora else model, steps=steps, **recipe)
-    frames = _frames(root, split, profile, patients, profile.patients)
+    frames = _frames(root, split, profile, patients, profile.patients, fold)
     missing = [name for i, name in enumerate(camus.CLASS_NAMES) if i not in frames.classes]
     if missing:
         print(f"note: no frames of {', '.join(missing)}: the network learns the other classes only")
@@ -301,6 +303,7 @@ def sample_command(
     n: count("images of each of the four classes") = 50,
     masks: place("a CAMUS folder: its label maps", metavar="ROOT") = None,
     split: option(ANY_SPLIT, "of the label maps") = "training",
+    fold: FOLD = None,
     patients: count("label maps of the first so many of the split") = None,
     template: option(TEMPLATE, "of the prompts; default: the paper's") = None,
     guidance: number("weight; 1: as trained; default: the checkpoint's", low=0, high=1e3) = None,
@@ -329,7 +332,7 @@ def sample_command(
     facts = {key: made.get(key) for key in ("world", "profile", "commit", "stretched")}
     frames, classes = None, generator.classes
     if masks:
-        frames = _frames(_official(masks), split, generator, patients)
+        frames = _frames(_official(masks), split, generator, patients, fold=fold)
         classes = sorted(set(frames.classes.tolist()))
         world, names = frames.table.attrs["world"], frames.table["patient"].unique()
         facts |= {"masks_world": world, "masks_split": split, "masks_patients": len(names)}
@@ -401,6 +404,7 @@ def downstream_command(
     alone: flag("train on the set alone", "synthetic-only") = False,
     train_split: ANY_SPLIT = "training",
     test_split: SPLIT = "validation",
+    fold: FOLD = None,
     test_root: place("another folder to test on", "test-data", metavar="ROOT") = None,
     patients: count("train on the first so many only") = None,
     profile: PROFILE = "cpu",
@@ -426,8 +430,9 @@ def downstream_command(
         added = geometry = synthetic.read_frames(drawn, profile.side)
         if task == "segmentation":
             downstream.check_label_maps(added, drawn)
-    real = _frames(root, train_split, geometry, patients, profile.patients)
-    test = _frames(_official(test_root or root), test_split, geometry, most=profile.patients)
+    real = _frames(root, train_split, geometry, patients, profile.patients, fold)
+    tests, fold = (_official(test_root), None) if test_root else (root, fold)
+    test = _frames(tests, test_split, geometry, most=profile.patients, fold=fold)
     downstream.check_apart(real.table, test.table)
     settings = {"network": network, "pretrained": pretrained}
     lengths = {"seeds": seeds, "steps": steps, "match_epochs": match_epochs}

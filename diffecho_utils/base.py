@@ -36,6 +36,19 @@ FILES = (*_SMALL, "tokenizer/tokenizer_config.json", "tokenizer/special_tokens_m
 FILES += tuple(WEIGHTS.values())
 _OTHERS = {1024: "Stable Diffusion 2.x", 2048: "Stable Diffusion XL"}  # by their prompts' width
 _OFFLINE = "; without network copy the pipeline's folder here and name it with --base FOLDER"
+_PUBLISHED = {  # Stable Diffusion v1-5, where it differs from its classes' defaults
+    "unet": dict(sample_size=64, cross_attention_dim=768),
+    "vae": dict(
+        down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4,
+        block_out_channels=[128, 256, 512, 512],
+        layers_per_block=2,
+        sample_size=512,
+    ),
+    "text_encoder": dict(
+        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12
+    ),
+}
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 LORA_LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]  # of every attention
 
@@ -149,6 +162,19 @@ def load(folder, part):
             "both from one pipeline"
         )
     return network.float().eval()
+
+
+def published(part):
+    """The `part` of Stable Diffusion v1-5 with the weights that torch begins with, on its default device.
+
+    `with torch.device("meta"):` builds the shapes alone, in no memory.
+    """
+    settings = _PUBLISHED[part]
+    return (
+        NETWORKS[part](CLIPTextConfig(**settings))
+        if part == "text_encoder"
+        else NETWORKS[part](**settings)
+    )
 
 
 def load_tokenizer(folder):

@@ -71,15 +71,17 @@ def joined(*parts):
     return Frames(images, masks, table)
 
 
-def open_frames(root_or_table, split, like, patients=None):
+def open_frames(root_or_table, split, like, patients=None, fold=None):
     """The frames of a folder as whoever reads them learned to: `Frames`, cached in the workspace.
 
     root_or_table: the folder, or its table where it is read already (`camus.read_table`); split and
-    patients: which of them, as `camus.select` (split "all": every patient); like: as `load_frames`.
+    patients: which of them, as `camus.select` (split "all": every patient); like: as `load_frames`; fold:
+    of the ten of a cross-validation, whose splits are meant (`camus.by_fold`).
     """
     table = root_or_table
     if not isinstance(table, pd.DataFrame):
         table = camus.read_table(root_or_table)
+    table = table if fold is None else camus.by_fold(table, fold)
     rows = camus.select(table, split, patients=patients)
     return load_frames(rows, like, assets.workspace() / "cache")
 

@@ -9,7 +9,6 @@ import time
 from unittest import mock
 
 import torch
-from diffusers import UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from diffecho_utils import assets, base, models, profiles, results
@@ -25,7 +24,7 @@ WAYS = {"whole UNet": "text", f"LoRA, rank {RANK}": "lora", "ControlNet": "text_
 
 def build(way):
     """The denoiser of one of `WAYS`, as `training` builds it on a base."""
-    unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
+    unet = base.published("unet")
     if WAYS[way] == "text_seg":
         return models.TextSegmentationGuided(
             unet, models.build_controlnet(unet, hint=(16, 32, 96, 256))
@@ -143,7 +142,15 @@ def compute(world, way, machine):
 
 def collect(world, found):
     """Not of any data: the record lies beside those of the worlds, under "hardware"."""
-    values = {"ways": found, "cards": CARDS, "reached": REACHED, "limit_gb": LIMIT / 1e9}
+    with torch.device("meta"):
+        sizes = {part: models.count_parameters(base.published(part)) for part in base.NETWORKS}
+    values = {
+        "ways": found,
+        "published": sizes,
+        "cards": CARDS,
+        "reached": REACHED,
+        "limit_gb": LIMIT / 1e9,
+    }
     folder = assets.root() / "data" / "results" / "hardware" / "paper"
     facts = {"world": "hardware", "profile": "paper", "split": SPLIT}
     command = "python experiments/run.py paper_scale"

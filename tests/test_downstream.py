@@ -262,6 +262,17 @@ def test_tested_in_another_folder(phantom_root, tmp_path, capsys):
     assert "are in the training and in the test frames" in capsys.readouterr().err
 
 
+def test_a_fold_has_its_own_patients(phantom_root, tmp_path):
+    command = ["downstream", "segmentation", "--profile", "smoke", "--steps", "2", "--fold", "3"]
+    path = tmp_path / "runs.json"
+    command += ["--data", str(phantom_root), "--test-split", "testing", "--json", str(path)]
+    assert main(command) == 0
+    (run,) = results.load(path)["values"]["runs"]
+    fold = camus.by_fold(camus.read_table(phantom_root), 3)
+    assert set(run["patient"]) == set(camus.select(fold, "testing")["patient"])
+    assert main([*command, "--fold", "11"]) == 2
+
+
 def test_classification_scores_are_scikit_learns():
     rng = np.random.default_rng(0)
     chances = rng.dirichlet(np.ones(4), 60)
