@@ -14,8 +14,6 @@ from world import QUIET
 from diffecho_utils import DiffEchoError, camus, checkpoints, data, profiles, results, training
 
 WORLD, SEEDS, SPLIT = "phantom", [], None
-FIELDS = {"reconstruction": "autoencoder", "segmenter": "segmentation", "text-seg": "text_seg"}
-FIELDS |= {"classifier": "classification"} | dict.fromkeys(camus.CLASS_NAMES, "unconditional")
 
 
 def rows(world, steps=20):
@@ -36,12 +34,13 @@ def compute(world, steps, machine):
 
 
 def measured(profile, model, frames, folder, steps):
-    brief = profiles.adapt(profile, model, steps=[steps] * (2 if model == "autoencoder" else 1))
+    recipes = profiles.recipes(profile, model)
+    brief = profiles.adapt(profile, model, steps=[steps] * len(recipes))
     needs = {name: folder / name for name in training.builds_on(model, profile)}
     log = training.train(model, frames, brief, folder / model, needs=needs, **QUIET)
     memory, found = checkpoints.read_training(folder / model)["peak_memory_gib"], {}
     for stage, of_stage in log.groupby("stage", sort=False):
-        recipe = getattr(profile, FIELDS.get(stage, stage))
+        recipe = recipes.get(stage) or [*recipes.values()][-1]  # text-seg's, or each class's
         seen = recipe.steps * recipe.batch * recipe.accumulation
         speed = statistics.median(of_stage["images_per_second"])
         told = {"recipe / images": f"{seen:,}", "recipe / min": round(seen / speed / 60, 1)}
