@@ -22,7 +22,7 @@ from diffecho_utils import assets, camus, data, phantom, profiles, results, synt
 REAL = Path(__file__).resolve().parents[2] / "shared" / "camus"
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
 
-threads = max(1, results.cores() // WORKERS)
+threads = int(os.environ.get("OMP_NUM_THREADS", max(1, results.cores() // WORKERS)))
 torch.set_num_threads(threads)
 if WORKERS > 1:
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # of what the tests start

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from diffecho_utils import assets, results
+from diffecho_utils import assets, camus, results
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 EXPERIMENTS = {path.stem for path in (CHECKOUT / "experiments").glob("*.py")}
@@ -112,6 +112,20 @@ def test_an_experiment_from_end_to_end(run, tmp_path, monkeypatch):
     assert record["values"]["frames"] == 4 and record["values"]["chosen"]["sdm"] in (1.0, 3.0)
     assert dials["1.0"].keys() == dials["3.0"].keys() == model["1.0"].keys()
     assert dials["1.0"]["dice"].keys() == model["1.0"]["dice"].keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "told"),
+    [
+        ("recipes", ["--steps", 1], ["texture", *camus.CLASS_NAMES, "text-seg"]),
+        ("training_speed", ["--steps", 1, "--repeats", 1], ["usual", "text-seg"]),
+        ("phantom_speed", ["--patients", 2, "--cores", 1], ["ms/frame"]),
+    ],
+)
+def test_speeds(run, capsys, name, words, told):
+    assert run(name, *words) == 0
+    out = capsys.readouterr().out
+    assert all(word in out for word in told) and "error" not in out and "NaN" not in out
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
