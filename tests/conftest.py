@@ -13,6 +13,8 @@ import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pytest
 import torch
 from filelock import FileLock
@@ -71,6 +73,45 @@ def environment(folder, packages=True):
     return folder / "bin" / "python", site
 
 
+def array(path):
+    """The numbers in a NIfTI file, as they are stored."""
+    return np.asanyarray(nib.load(path).dataobj)
+
+
+def pictures(root):
+    """{(patient, view, phase): (image, mask)} of a folder in the official layout."""
+    rows = camus.read_table(root).itertuples()
+    return {(row.patient, row.view, row.phase): camus.read_frame(row) for row in rows}
+
+
+def films(root):
+    """{name: half sequence} of such a folder."""
+    paths = sorted(root.rglob("*_half_sequence.nii.gz"))
+    return {path.name: camus.read_nifti(path, dimensions=3)[0] for path in paths}
+
+
+def assert_same_pictures(root, expected, tolerance=0.0):
+    found = pictures(root)
+    assert found.keys() == expected.keys()
+    for key, (image, mask) in expected.items():
+        assert found[key][0].dtype == np.float32 and found[key][1].dtype == np.uint8
+        np.testing.assert_allclose(found[key][0], image, atol=tolerance, err_msg=str(key))
+        np.testing.assert_array_equal(found[key][1], mask, err_msg=str(key))
+
+
+@pytest.fixture(scope="session")
+def filmed_root(tmp_path_factory):
+    """A phantom of four patients with short half sequences."""
+    root = tmp_path_factory.mktemp("data") / "filmed"
+    phantom.write(root, patients=4, seed=3, side=64, processes=1)
+    for path in root.rglob("*_ED.nii.gz"):
+        image = nib.load(path)
+        film = np.stack([np.roll(array(path), shift) for shift in range(3)], -1)
+        path = path.with_name(path.name.replace("ED", "half_sequence"))
+        nib.Nifti1Image(film, image.affine).to_filename(path)
+    return root
+
+
 @pytest.fixture(scope="session")
 def phantom_root(tmp_path_factory):
     """A phantom of ten patients."""
@@ -81,6 +122,15 @@ def phantom_root(tmp_path_factory):
 def broken_root(phantom_root, tmp_path):
     """A copy of the phantom that a test may damage."""
     return Path(shutil.copytree(phantom_root, tmp_path / "broken"))
+
+
+@pytest.fixture
+def parted_root(broken_root):
+    """Such a copy with six patients for training, four for validation and none for testing."""
+    shutil.rmtree(broken_root / "database_split")
+    splits = ["training"] * 6 + ["validation"] * 4
+    camus.write_lists(broken_root, {f"patient{i:04d}": its for i, its in enumerate(splits, 1)})
+    return broken_root
 
 
 @pytest.fixture(scope="session")
