@@ -13,6 +13,8 @@ import h5py
 import nibabel as nib
 import numpy as np
 import pytest
+from conftest import array as read
+from conftest import assert_same_pictures, films, pictures
 from PIL import Image
 
 from diffecho_utils import (
@@ -23,7 +25,6 @@ from diffecho_utils import (
     camus,
     checks,
     data,
-    phantom,
     profiles,
     prompts,
     releases,
@@ -45,14 +46,10 @@ PLACEHOLDER = np.diag([0.308, 0.308, 1, 1])
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory):
-    """A phantom of four patients, 8-bit, with short half sequences."""
-    root = tmp_path_factory.mktemp("source") / "phantom"
-    phantom.write(root, patients=4, seed=3, side=64, processes=1)
-    rewrite(frames(root), lambda a: a.astype(np.uint8))
-    for path in frames(root)[::2]:  # end-diastole
-        film = np.stack([np.roll(read(path), shift) for shift in range(3)], -1)
-        save(path.with_name(path.name.replace("ED", "half_sequence")), film)
+def source(filmed_root, tmp_path_factory):
+    """The phantom of four patients, 8-bit."""
+    root = shutil.copytree(filmed_root, tmp_path_factory.mktemp("source") / "phantom")
+    rewrite([*frames(root), *sequences(root)], lambda a: a.astype(np.uint8))
     return root
 
 
@@ -81,15 +78,8 @@ def pair(root):
     return [frames(root)[4], maps(root)[4]]
 
 
-def pictures(root):
-    return {
-        (row.patient, row.view, row.phase): camus.read_frame(row)
-        for row in camus.read_table(root).itertuples()
-    }
-
-
-def read(path):
-    return np.asanyarray(nib.load(path).dataobj)
+def sequences(root):
+    return sorted(root.rglob("*_half_sequence.nii.gz"))
 
 
 def save(path, array, affine=OFFICIAL):
@@ -267,6 +257,7 @@ ROTATED = f"{TURNED}, as|{TURNED}.*16 of 16"
 ZIP, SPACING = "uncompressed; gzip it, or convert", "pixel size.*16 of 16 frames; write the right"
 NOTE, SET, LIST = "dataset.json", "database_nifti", "database_split/subgroup_training.txt"
 FRAME, MAP = "patient0001_2CH_ED.nii.gz", "patient0001_2CH_ED_gt.nii.gz"
+PLACE, UNREADABLE = f"{SET}/patient0001/{FRAME}", "unreadable.*copy or download it again"
 FIFTH = "patient0002_2CH_ED_gt.nii.gz"
 FIRST, FEW, REST, HALF = slice(1), slice(3), slice(1, None), slice(8, None)
 DEPTH, LATERAL = np.diag([-0.308, 0.308, 1, 1]), np.diag([0.308, -0.308, 1, 1])
@@ -296,6 +287,11 @@ BAD = {
     "not a number": (on(frames, hole, FIRST), FRAME, "NaN or infinite"),
     "colours": (on(frames, coloured, FIRST), FRAME, "colours"),
     "broken type": (fields(FIRST, datatype=9999), FRAME, "unreadable", "train"),
+    # no NIfTI
+    "empty file": (holding(PLACE, b""), FRAME, UNREADABLE, "train"),
+    "no gzip": (holding(PLACE, b"no gzip"), FRAME, UNREADABLE, "train"),
+    "header only": (holding(PLACE, gzip.compress(bytes(348))), FRAME, UNREADABLE, "train"),
+    "one byte": (holding(PLACE, gzip.compress(b"x")), FRAME, UNREADABLE, "train"),
     # orientation
     "upside down": (on(files, np.fliplr), MAP, DOWN),
     "turned round": (on(files, turned, affine=PLACEHOLDER), MAP, DOWN),
@@ -385,23 +381,6 @@ def test_bad_input_is_named_with_a_remedy_and_nothing_is_written(
 # --- what works -----------------------------------------------------------------------------------
 
 
-def films(root):
-    return {path.name: camus.read_nifti(path, dimensions=3)[0] for path in sequences(root)}
-
-
-def assert_same(root, expected, tolerance=0.0):
-    found = pictures(root)
-    assert found.keys() == expected.keys()
-    for key, (image, mask) in expected.items():
-        assert found[key][0].dtype == np.float32
-        np.testing.assert_allclose(found[key][0], image, atol=tolerance, err_msg=str(key))
-        np.testing.assert_array_equal(found[key][1], mask, err_msg=str(key))
-
-
-def sequences(root):
-    return sorted(root.rglob("*_half_sequence.nii.gz"))
-
-
 SCALES = {  # what is done to the bytes of the frames, the black and white to find, and a tolerance
     "bytes": (np.asarray, 0, 255, 0.01),
     "float 0-255": (scaled(1), 0, 255, 0.01),
@@ -428,7 +407,7 @@ def test_a_scale_is_told_from_the_set_and_gives_the_same_pictures(scale, source,
     expected = pictures(source)
     first = (table["patient"][0], table["view"][0], table["phase"][0])
     expected[first] = (expected[first][0] // 2, expected[first][1])
-    assert_same(root, expected, tolerance)
+    assert_same_pictures(root, expected, tolerance)
     problems, notes = checks.examine(root)
     assert problems == [] and f"{black} is read as black, {white} as white" in notes[0]
 
@@ -440,7 +419,7 @@ def test_a_slope_in_an_8_bit_header_is_a_scale_too(source, root):
         path.write_bytes(b"")
         nib.save(image, path)
     assert (camus.read_table(root)["white"] == 1).all()
-    assert_same(root, pictures(source), 0.01)
+    assert_same_pictures(root, pictures(source), 0.01)
 
 
 def test_overshooting_pictures_are_as_the_others(source, root):
@@ -456,7 +435,7 @@ def test_overshooting_pictures_are_as_the_others(source, root):
     expected = {key: (image.copy(), mask) for key, (image, mask) in pictures(source).items()}
     for key in list(expected)[::2]:
         expected[key][0][:2, 0] = 0, 255
-    assert_same(root, expected, 0.01)
+    assert_same_pictures(root, expected, 0.01)
 
 
 def test_many_frames_are_read_once_for_a_scale_that_each_row_carries(root, monkeypatch):
@@ -495,7 +474,7 @@ LAID = {
 @pytest.mark.parametrize("laid", LAID)
 def test_the_affine_is_honoured_and_half_sequences_turn_with_their_frames(laid, source, root):
     LAID[laid]([*files(root), *sequences(root)])
-    assert_same(root, pictures(source))
+    assert_same_pictures(root, pictures(source))
     if laid != "transposed":  # which no affine says
         found = films(root)
         for name, film in films(source).items():
@@ -503,11 +482,14 @@ def test_the_affine_is_honoured_and_half_sequences_turn_with_their_frames(laid, 
     assert checks.check(root) == []
 
 
-def test_exchanged_axes_have_exchanged_spacing(root):
-    affine = AXES.copy()
-    affine[:2, :2] = [[0, -0.25], [-0.5, 0]]
+@pytest.mark.parametrize("plane", ([[0, -0.25], [-0.5, 0]], [[-0.5, 0], [0, -0.25]]))
+def test_exchanged_axes_have_exchanged_spacing(plane, root):
+    """Those that the affine says, and those that only the chambers' places tell."""
+    affine = np.eye(4)
+    affine[:2, :2] = plane
     rewrite(files(root), exchanged, affine)
     table = camus.read_table(root)
+    assert (table["transposed"] == bool(plane[0][0])).all()
     assert np.allclose(table["lateral_mm"], 0.25) and np.allclose(table["depth_mm"], 0.5)
 
 
@@ -537,6 +519,7 @@ def test_one_view_alone_says_what_works(root):
     without("**/*_2CH_*")(root)
     problems, notes = checks.examine(root)
     assert problems == [] and "no frame of 2CH-ED, 2CH-ES; " in notes[1]
+    assert set(camus.read_table(root)["view"]) == {"4CH"}
 
 
 def test_a_foreign_description_is_let_be(source, root):
@@ -609,26 +592,17 @@ def test_places_that_cannot_be_written_are_named(source, tmp_path, capsys):
     assert file.read_text() == "not a folder" and list(tmp_path.iterdir()) == [file]
 
 
-def test_a_run_of_other_settings_is_refused_and_kept(source, root, tmp_path, capsys):
-    """Another seed, another folder, other squares, an unreadable state: named, and with a remedy."""
-    out = tmp_path / "run"
-    train = f"train segmenter --profile smoke --split all --patients 2 --data {root} --out {out}"
-    assert run(train) == 0
-    state = out / "state" / "segmenter.safetensors"
-    whole = state.read_bytes()
-    rewrite(maps(root)[:1], lambda mask: np.roll(mask, 1))
-    differ = {"": "frames", "--seed 1": "seed", "--stretch": "stretched", "--batch 2": "batch"}
-    for extra, changed in differ.items():
-        capsys.readouterr()
-        assert run(f"{train} {extra}") == 1
-        said = capsys.readouterr().err
-        assert str(state) in said and "--restart" in said
+def test_a_run_of_other_settings_is_refused_until_it_may_begin_again(root, tmp_path, capsys):
+    """By the command line; what else makes another run, and damaged states, are in test_training."""
+    train = "train segmenter --profile smoke --split all --patients 2 --data {root} --out {out}"
+    places = {"root": root, "out": tmp_path / "run"}
+    assert run(train, **places) == 0
+    assert run(f"{train} --seed 1 --stretch --batch 2", **places) == 1
+    said = capsys.readouterr().err
+    assert f"{tmp_path}/run/state/segmenter.safetensors: holds" in said and "--restart" in said
+    for changed in ("seed", "stretched", "batch"):
         assert re.search(rf"another .*{changed} \(", said)
-        assert state.read_bytes() == whole
-    state.write_bytes(whole[: len(whole) // 2])
-    assert run(train) == 1
-    assert f"{state}: damaged" in capsys.readouterr().err
-    assert run(f"{train} --restart") == 0
+    assert run(f"{train} --seed 1 --restart", **places) == 0
 
 
 def test_the_command_line_knows_the_words_of_the_package():
