@@ -13,6 +13,7 @@ from unittest import mock
 import nibabel as nib
 import numpy as np
 import pytest
+from conftest import array
 
 from diffecho_utils import DiffEchoError, camus, checks, phantom
 from diffecho_utils.camus import CLASSES, PHASES, SPLITS, VIEWS, frame_path
@@ -23,10 +24,6 @@ SIDE = 96  # pixels: enough for areas and contrasts
 def digests(root):
     files = sorted(path for path in root.rglob("*") if path.is_file())
     return {str(p.relative_to(root)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
-
-
-def array(path):
-    return np.asarray(nib.load(path).dataobj)
 
 
 def share(mask, label):
