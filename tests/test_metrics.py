@@ -22,20 +22,11 @@ def real():
     return arrays | {"features": arrays["features"].astype(float)}
 
 
-class Features(torch.nn.Module):
-    """Hands features through, so that torchmetrics computes on the same numbers."""
-
-    def __init__(self, size):
-        super().__init__()
-        self.num_features = size
-
-    def forward(self, features):
-        return features
-
-
 def theirs(a, b):
-    """torchmetrics' Frechet distance."""
-    fid = FrechetInceptionDistance(feature=Features(a.shape[1]), normalize=False)
+    """torchmetrics' Frechet distance, computed on the same numbers."""
+    features = torch.nn.Identity()
+    features.num_features = a.shape[1]
+    fid = FrechetInceptionDistance(features, normalize=False)
     fid.set_dtype(torch.float64)
     fid.update(torch.from_numpy(a), real=True)
     fid.update(torch.from_numpy(b), real=False)
@@ -175,6 +166,7 @@ def test_nearest_by_hand():
 
 
 def test_kernel_distance_agrees_with_scikit_learn():
+    """By the formula without the diagonals, which has no bias."""
     rng = np.random.default_rng(5)
     a, b = rng.normal(size=(25, 7)), 1.3 * rng.normal(size=(40, 7)) + 0.2
     within = [polynomial_kernel(x, degree=3) for x in (a, b)]
@@ -183,13 +175,6 @@ def test_kernel_distance_agrees_with_scikit_learn():
     assert metrics.kernel_distance(a, b) == pytest.approx(expected, rel=1e-9)
     with pytest.raises(DiffEchoError, match="a kernel distance .* at least 2 images"):
         metrics.kernel_distance(a[:1], b)
-
-
-def test_kernel_distance_has_no_bias():
-    rng = np.random.default_rng(6)
-    b = rng.normal(size=(500, 10))
-    small = [metrics.kernel_distance(rng.normal(size=(12, 10)), b) for _ in range(200)]
-    assert abs(np.mean(small)) < 3 * np.std(small) / len(small) ** 0.5 and np.min(small) < 0
 
 
 @pytest.mark.parametrize(
@@ -358,15 +343,10 @@ def drawn_set(frames, as_set, tmp_path):
 
 
 @pytest.fixture
-def evaluate(drawn_set, broken_root):
+def evaluate(drawn_set, parted_root):
     """`evaluate` of that set, with options, on six training and four validation patients: exit status."""
-    patients = sorted(p.name for p in (broken_root / "database_nifti").iterdir())
-    for name, part in (("training", patients[:6]), ("validation", patients[6:])):
-        path = broken_root / f"database_split/subgroup_{name}.txt"
-        path.write_text("\n".join(part) + "\n")
-    (broken_root / "database_split/subgroup_testing.txt").unlink(missing_ok=True)
-    given = ["evaluate", str(drawn_set), "--data", str(broken_root), "--profile", "smoke"]
-    return lambda *more: main([*given, *map(str, more)])
+    given = ["evaluate", drawn_set, "--data", parted_root, "--profile", "smoke"]
+    return lambda *more: main([*given, *more])
 
 
 def test_evaluate_prints_writes_draws_and_sees_maps_of_other_images(
@@ -397,27 +377,14 @@ def test_evaluate_prints_writes_draws_and_sees_maps_of_other_images(
 
 
 def test_evaluate_refuses_what_it_cannot_judge(evaluate, drawn_set, capsys):
-    metadata = drawn_set / "metadata.csv"
-    lines = metadata.read_text().splitlines()
-
-    def refused(lines=lines, *more):
-        metadata.write_text("\n".join(lines) + "\n")
+    def refused(*more):
         assert evaluate(*more) == 1
         return capsys.readouterr().err
 
-    message = refused(lines[:4] + lines[11:])  # three of class 2CH-ED
-    assert "2CH-ED: a Frechet distance needs 4 images of each" in message
-    assert "'generated': 3" in message
-    message = refused(lines, "--split", "testing")
+    message = refused("--split", "testing")
     assert "split=testing" in message and "{'training': 6, 'validation': 4}" in message
     (drawn_set / "label_maps/3.png").unlink()
     assert "label_maps/3.png: named in metadata.csv" in refused()
     synthetic.save_image(torch.full((1, 64, 64), 0.3), drawn_set / "images/4.png")
     message = refused()
     assert "1 of 40 images are of one grey value" in message and "images/4.png" in message
-    synthetic.save_image(torch.rand(1, 32, 32), drawn_set / "images/4.png")
-    message = refused()
-    assert "images of several sizes" in message and "images/4.png 32 x 32" in message
-    message = refused([*lines, "images/90.png,2CH,ED,,0,", "images/91.png,2CH,ED,,0,"])
-    assert "images/90.png: named in metadata.csv, missing" in message
-    assert "view and phase [('3CH', 'ED')]" in refused([*lines, "images/0.png,3CH,ED,,0,"])
