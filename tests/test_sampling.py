@@ -31,36 +31,18 @@ SAMPLE = ["sample", "unconditional", "--n", "3", "--steps", "12", "--batch", "2"
 
 
 @pytest.fixture(scope="module")
-def generator(smoke):
-    torch.manual_seed(0)
-    vae = models.build_autoencoder(smoke).eval()
-    denoiser = models.Unconditional([models.build_unconditional(smoke) for _ in camus.CLASSES])
-    scheduler = models.build_scheduler()
-    return checkpoints.Generator("unconditional", denoiser.eval(), scheduler, vae, (4, 8, 8))
+def checkpoint(trained):
+    return trained["unconditional"]
 
 
 @pytest.fixture(scope="module")
-def sdm(smoke):
-    torch.manual_seed(0)
-    vae, unet = models.build_autoencoder(smoke).eval(), models.build_sdm(smoke).eval()
-    for parameter in unet.parameters():  # untrained, its last layers are zero: it would ignore maps
-        if not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.1)
-    denoiser = models.SemanticDiffusion(unet)
-    return checkpoints.Generator("sdm", denoiser, models.build_scheduler(), vae, (4, 8, 8))
+def generator(checkpoint):
+    return checkpoints.load_generator(checkpoint)
 
 
 @pytest.fixture(scope="module")
-def checkpoint(generator, tmp_path_factory):
-    """The generator as `train` would have left it, for the command line."""
-    folder = tmp_path_factory.mktemp("checkpoints")
-    checkpoints.save([("", generator.vae)], folder / "autoencoder", {"model": "autoencoder"})
-    parts = list(zip(camus.CLASS_NAMES, generator.denoiser.unets, strict=True))
-    facts = {"model": "unconditional", "latent_side": 8, "world": "phantom", "profile": "smoke"}
-    needs = {"autoencoder": folder / "autoencoder"}
-    scheduler = ("scheduler", generator.scheduler)
-    checkpoints.save([*parts, scheduler], folder / "unconditional", facts, needs)
-    return folder / "unconditional"
+def sdm(trained):
+    return checkpoints.load_generator(trained["sdm"])
 
 
 @pytest.fixture(scope="module")
@@ -413,14 +395,9 @@ def test_label_maps_of_the_first_patients_only(checkpoint, phantom_root, tmp_pat
     assert not (tmp_path / "none").exists()
 
 
-def test_command_line_from_training_to_evaluation(broken_root, tmp_path, capsys):
-    """The whole road: train, resume, sample, evaluate, on a phantom with half its patients held out."""
-    patients = sorted(p.name for p in (broken_root / "database_nifti").iterdir())
-    for split, part in (("training", patients[:5]), ("validation", patients[5:])):
-        path = broken_root / "database_split" / f"subgroup_{split}.txt"
-        path.write_text("\n".join(part) + "\n")
-    (broken_root / "database_split" / "subgroup_testing.txt").unlink()
-    data = ["--data", str(broken_root), "--profile", "smoke"]
+def test_command_line_from_training_to_evaluation(parted_root, tmp_path, capsys):
+    """The whole road: train, resume, sample, evaluate, on a phantom with four patients held out."""
+    data = ["--data", str(parted_root), "--profile", "smoke"]
     autoencoder, out, drawn = (str(tmp_path / n) for n in ("ae", "unconditional", "synthetic"))
     assert main(["train", "autoencoder", *data, "--out", autoencoder]) == 0
     train = ["train", "unconditional", *data, "--autoencoder", autoencoder, "--out", out]
