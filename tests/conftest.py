@@ -51,7 +51,7 @@ def serve():
     def serve(folder, handler=Quiet):
         made = functools.partial(handler, directory=folder)
         with ThreadingHTTPServer(("127.0.0.1", 0), made) as server:
-            threading.Thread(target=server.serve_forever, daemon=True).start()
+            threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
             yield f"http://127.0.0.1:{server.server_port}"
             server.shutdown()
 

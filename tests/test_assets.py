@@ -2,11 +2,11 @@
 
 import shutil
 import subprocess
-from http.server import SimpleHTTPRequestHandler
 from pathlib import Path
 
 import pytest
 import registry
+from conftest import Quiet
 
 from diffecho_utils import DiffEchoError, assets, checkpoints
 
@@ -25,10 +25,7 @@ def away(tmp_path, monkeypatch, serve):
         yield served
 
 
-class Halving(SimpleHTTPRequestHandler):
-    def log_message(self, *_):
-        pass
-
+class Halving(Quiet):
     def copyfile(self, source, outputfile):
         """Sends half of a file that has a note `<name>.half` beside it."""
         content = source.read()

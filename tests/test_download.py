@@ -1,13 +1,11 @@
 """A download survives what servers and disks do to it, and is whole or not there."""
 
 import contextlib
-import http.server
 import io
 import os
 import re
 import shutil
 import subprocess
-import threading
 import zipfile
 from pathlib import Path
 from unittest import mock
@@ -15,6 +13,7 @@ from unittest import mock
 import nibabel as nib
 import numpy as np
 import pytest
+from conftest import Quiet
 
 from diffecho_utils import DiffEchoError, camus, download
 from diffecho_utils.__main__ import main
@@ -40,7 +39,7 @@ def zipped(root, *extra, top="", prefix=""):
     return content.getvalue()
 
 
-class Server(http.server.BaseHTTPRequestHandler):
+class Server(Quiet):
     """Sends `content`; `breaks` times no more than `piece` bytes of it; with or without ranges."""
 
     content, content_type, status = b"", "application/zip", 200
@@ -67,25 +66,17 @@ class Server(http.server.BaseHTTPRequestHandler):
             body = body[: self.piece]
         self.wfile.write(body)
 
-    def log_message(self, *_):
-        pass
-
 
 @pytest.fixture
-def serve(monkeypatch):
+def serve(serve, monkeypatch):
     """serve(content, ...) -> url of a loopback server with these properties; serve.handler.requests: the ranges asked for."""
     monkeypatch.setattr(download.time, "sleep", lambda _: None)
     with contextlib.ExitStack() as stack:
 
         def start(content, **properties):
             properties |= {"content": content, "requests": []}
-            handler = type("Handler", (Server,), properties)
-            server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-            thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
-            thread.start()
-            stack.callback(lambda: (server.shutdown(), server.server_close(), thread.join()))
-            start.handler = handler
-            return f"http://127.0.0.1:{server.server_port}/download"
+            start.handler = type("Handler", (Server,), properties)
+            return stack.enter_context(serve(None, start.handler)) + "/download"
 
         yield start
 
