@@ -240,7 +240,6 @@ def test_command_line_trains_with_a_set_and_refuses_one_without_maps(
     synthetic.read(copies, 64)[1].assign(label_map="").to_csv(bare / "metadata.csv", index=False)
     for options, message in (
         (["--synthetic-only"], "name one with --synthetic"),
-        (["--test-split", "training"], "are in the training and in the test frames"),
         (["--patients", "100"], "100 were asked for"),
         (["--synthetic", str(bare)], "have no label map and cannot teach a segmenter"),
     ):
