@@ -261,7 +261,6 @@ def train_command(
     start: place("go on from this checkpoint's weights") = None,
     stretch: STRETCH = False,
     latent_channels: count() = None,
-    width: number("networks so many times as wide as the profile's", low=0.05, high=20) = None,
     views: count("cached copies of each frame, all but one jittered") = None,
     patients: count("the first so many of the split only") = None,
     seed: SEED = 0,
@@ -275,7 +274,6 @@ def train_command(
     rows = {"latent_channels": latent_channels, "jittered_views": views, "patients": patients}
     rows["base"] = base
     profile = replace(profile, **{name: value for name, value in rows.items() if value})
-    profile = profiles.narrowed(profile, width) if width else profile
     recipe = {name: context.params[name] for name in RECIPE}
     profile = profiles.adapt(profile, "lora" if lora else model, steps=steps, **recipe)
     frames = _frames(root, split, profile, patients, profile.patients, fold)

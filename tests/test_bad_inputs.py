@@ -574,7 +574,7 @@ NUMBERS = {
     "download {out}": "--patients 0",
     "train sdm --data {out} --out {out}": "--steps 0|--steps 5 0|--batch 0|--accumulation 0|"
     "--learning-rate nan|--learning-rate 0|--ema 1|--snr-gamma -5|--minutes 0|--minutes inf|"
-    "--latent-channels 0|--width nan|--views 0|--patients 0|--seed -1",
+    "--latent-channels 0|--views 0|--patients 0|--seed -1",
     "sample sdm --checkpoint {out} --out {out}": "--n 0|--steps 0|--steps 1001|--batch 0|"
     "--patients 0|--seed -1|--guidance nan|--guidance inf|--guidance -1|--guidance-interval -1 5",
     "downstream segmentation --data {out}": "--share 0|--share nan|--seeds 0|--steps 0|--patients 0",

@@ -130,8 +130,6 @@ def test_profiles_are_found_and_adapted():
     assert list(profiles.recipes(cpu, "text-seg")) == ["text_seg"]
     with pytest.raises(DiffEchoError, match="autoencoder has 2 stages, given steps for 1"):
         profiles.adapt(cpu, "autoencoder", steps=[4])
-    narrow = profiles.narrowed(cpu, 0.5)
-    assert narrow.autoencoder_channels == (16, 24, 32, 32) and narrow.clip_width == 64
 
 
 def test_label_maps_become_rgb_pictures():
