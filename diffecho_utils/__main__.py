@@ -150,16 +150,11 @@ def _save(file, values, root, profile, split, command, seeds=()):
 
 
 @app.command("phantom")
-def phantom_command(
-    out: argument("OUT"),
-    patients: count() = 60,
-    seed: SEED = 0,
-    half_sequences: flag("also write the ED-to-ES sequences", "half-sequences") = False,
-):
+def phantom_command(out: argument("OUT"), patients: count() = 60, seed: SEED = 0):
     """Write a procedural stand-in for CAMUS."""
     from diffecho_utils import phantom
 
-    root = phantom.write(out, patients, seed, half_sequences=half_sequences, progress=_progress)
+    root = phantom.write(out, patients, seed, progress=_progress)
     print(f"wrote {patients} patients to {root}")
 
 
