@@ -150,16 +150,11 @@ def _save(file, values, root, profile, split, command, seeds=()):
 
 
 @app.command("phantom")
-def phantom_command(
-    out: argument("OUT"),
-    patients: count() = 60,
-    seed: SEED = 0,
-    half_sequences: flag("also write the ED-to-ES sequences", "half-sequences") = False,
-):
+def phantom_command(out: argument("OUT"), patients: count() = 60, seed: SEED = 0):
     """Write a procedural stand-in for CAMUS."""
     from diffecho_utils import phantom
 
-    root = phantom.write(out, patients, seed, half_sequences=half_sequences, progress=_progress)
+    root = phantom.write(out, patients, seed, progress=_progress)
     print(f"wrote {patients} patients to {root}")
 
 
@@ -261,7 +256,6 @@ def train_command(
     start: place("go on from this checkpoint's weights") = None,
     stretch: STRETCH = False,
     latent_channels: count() = None,
-    width: number("networks so many times as wide as the profile's", low=0.05, high=20) = None,
     views: count("cached copies of each frame, all but one jittered") = None,
     patients: count("the first so many of the split only") = None,
     seed: SEED = 0,
@@ -275,7 +269,6 @@ def train_command(
     rows = {"latent_channels": latent_channels, "jittered_views": views, "patients": patients}
     rows["base"] = base
     profile = replace(profile, **{name: value for name, value in rows.items() if value})
-    profile = profiles.narrowed(profile, width) if width else profile
     recipe = {name: context.params[name] for name in RECIPE}
     profile = profiles.adapt(profile, "lora" if lora else model, steps=steps, **recipe)
     frames = _frames(root, split, profile, patients, profile.patients, fold)

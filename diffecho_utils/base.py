@@ -169,12 +169,15 @@ def published(part):
 
     `with torch.device("meta"):` builds the shapes alone, in no memory.
     """
-    settings = _PUBLISHED[part]
-    return (
-        NETWORKS[part](CLIPTextConfig(**settings))
-        if part == "text_encoder"
-        else NETWORKS[part](**settings)
-    )
+    return _built(part)
+
+
+def _built(part, **changed):
+    """The `part` as published, but for these settings."""
+    settings = _PUBLISHED[part] | changed
+    if part == "text_encoder":
+        return CLIPTextModel(CLIPTextConfig(**settings))
+    return NETWORKS[part](**settings)
 
 
 def load_tokenizer(folder):
@@ -232,12 +235,6 @@ class Lora:
         _pipeline().save_lora_weights(folder, unet_lora_layers=added)
 
 
-def take_lora(unet, folder):
-    """Add to the base's `unet` what `Lora` saved in `folder`; returns it."""
-    unet.load_lora_adapter(folder, weight_name=LORA_WEIGHTS, prefix="unet")
-    return unet
-
-
 def _pipeline():
     """diffusers' StableDiffusionPipeline, which is slow to import and complains of a missing torchvision."""
     before = transformers.logging.get_verbosity()
@@ -248,34 +245,16 @@ def _pipeline():
     return StableDiffusionPipeline
 
 
-def tiny(folder, side=64):
+def tiny(folder):
     """Write a base of a few MB with random weights: the real layout, classes and file names. Returns `folder`.
 
-    It knows nothing and draws noise; it shows the road, in tests and where no base can be had.
+    It knows nothing and draws noise of 64 pixels; it shows the road, in tests and where no base can be had.
     """
+    tokenizer = models.build_tokenizer(prompts.every(), length=77)
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
-        parts = _tiny_parts(side)
-    _pipeline()(
-        **parts,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    ).save_pretrained(folder)
-    words = Path(folder) / "tokenizer"  # as those of 2022, in two files
-    spelled = json.loads((words / "tokenizer.json").read_text())["model"]
-    (words / "vocab.json").write_text(json.dumps(spelled["vocab"]))
-    (words / "merges.txt").write_text(
-        "\n".join(["#version: 0.2", *map(" ".join, spelled["merges"])])
-    )
-    (words / "tokenizer.json").unlink()
-    return Path(folder)
-
-
-def _tiny_parts(side):
-    tokenizer = models.build_tokenizer(prompts.every(), length=77)
-    text = CLIPTextModel(
-        CLIPTextConfig(
+        text_encoder = _built(
+            "text_encoder",
             vocab_size=len(tokenizer),
             hidden_size=32,
             intermediate_size=64,
@@ -284,24 +263,17 @@ def _tiny_parts(side):
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
         )
-    )
-    levels = (32,) * 4
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=levels,
-        layers_per_block=1,
-        sample_size=side,
-    )
-    unet = UNet2DConditionModel(
-        sample_size=side // 8,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        block_out_channels=(32, 64),
-        layers_per_block=1,
-        cross_attention_dim=32,
-        attention_head_dim=2,
-    )
+        vae = _built("vae", block_out_channels=(32,) * 4, layers_per_block=1, sample_size=64)
+        unet = _built(
+            "unet",
+            sample_size=8,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            block_out_channels=(32, 64),
+            layers_per_block=1,
+            cross_attention_dim=32,
+            attention_head_dim=2,
+        )
     scheduler = PNDMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -309,10 +281,20 @@ def _tiny_parts(side):
         skip_prk_steps=True,
         steps_offset=1,
     )
-    return {
-        "vae": vae,
-        "text_encoder": text,
-        "tokenizer": tokenizer,
-        "unet": unet,
-        "scheduler": scheduler,
-    }
+    _pipeline()(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
+    words = Path(folder) / "tokenizer"  # as those of 2022, in two files
+    spelled = json.loads((words / "tokenizer.json").read_text())["model"]
+    merges = "\n".join(["#version: 0.2", *map(" ".join, spelled["merges"])])
+    (words / "vocab.json").write_text(json.dumps(spelled["vocab"]))
+    (words / "merges.txt").write_text(merges)
+    (words / "tokenizer.json").unlink()
+    return Path(folder)

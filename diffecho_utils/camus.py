@@ -474,8 +474,8 @@ def _read_pair(root, patient, view, phase):
 # --- files ----------------------------------------------------------------------------------------
 
 
-def read_nifti(path, dimensions=2):
-    """(array, spacing) of a NIfTI file as its affine lays it: (lateral, depth[, T]), mm a pixel or NaN.
+def read_nifti(path):
+    """(array, spacing) of a NIfTI file as its affine lays it: (lateral, depth), mm a pixel or NaN.
 
     Raises DiffEchoError, beginning with the path, for what cannot be read and for an impossible spacing.
     """
@@ -483,11 +483,11 @@ def read_nifti(path, dimensions=2):
     if not _possible(lateral, depth):
         raise DiffEchoError(f"{path}: pixel size {lateral:g} x {depth:g} mm; {_SIZE_REMEDY}")
     unknown = (lateral, depth) == (1, 1)
-    return _read_array(path, dimensions)[0], (np.nan, np.nan) if unknown else (lateral, depth)
+    return _read_array(path)[0], (np.nan, np.nan) if unknown else (lateral, depth)
 
 
 def write_nifti(path, array, lateral, depth):
-    """Write an array (lateral, depth[, T]) of so many mm a pixel as CAMUS does; same input, same bytes."""
+    """Write an array (lateral, depth) of so many mm a pixel as CAMUS does; same input, same bytes."""
     nifti = nib.Nifti1Image(array, np.diag([-lateral, -depth, 1, 1]))
     path.write_bytes(gzip.compress(nifti.to_bytes(), compresslevel=3, mtime=0))
 
@@ -525,13 +525,13 @@ def _read_header(path):
     return *(spacing[::-1] if turns and turns[0] else spacing), bool(eight_bit)
 
 
-def _read_array(path, dimensions=2):
-    """(the file's array as its affine lays it, `_turns`): finite, of the expected number of dimensions."""
+def _read_array(path):
+    """(the file's array as its affine lays it, `_turns`): finite, of two dimensions."""
     with _reading(path):
         image = nib.load(path)
         array, turns = np.asanyarray(image.dataobj), _turns(image.header)
     array = array.reshape([n for n in array.shape if n > 1])  # (H, W, 1) is a 2-D frame too
-    if array.ndim != dimensions:
+    if array.ndim != 2:
         kind = "a half sequence where a single frame is expected" if array.ndim == 3 else "no image"
         raise DiffEchoError(f"{path}: shape {array.shape}, {kind}; restore the file of this name")
     if array.dtype.kind not in "uif":

@@ -8,6 +8,7 @@ import copy
 import json
 import os
 import shutil
+import tempfile
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,25 +95,22 @@ def save(parts, folder, training, needs=None):
     folder without it was left in between, and the training's state in it still holds the weights.
     """
     folder = Path(folder)
-    beside = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    for subfolder, part in parts:
-        _save_part(part, beside / subfolder)
-    references = {}
-    for name, other in (needs or {}).items():
-        path = os.path.relpath(Path(other).resolve(), folder.resolve())
-        references[name] = {"path": path, "sha256": weights_digest(other)}
-    last = beside / "training.json"
-    last.write_text(json.dumps(training | {"needs": references}, indent=1) + "\n")
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / last.name).unlink(missing_ok=True)
-    for path in [*sorted(set(beside.iterdir()) - {last}), last]:
-        target = folder / path.name
-        if target.is_dir():
-            shutil.rmtree(target)
-        os.replace(path, target)
-    beside.rmdir()
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as beside:
+        for subfolder, part in parts:
+            _save_part(part, Path(beside) / subfolder)
+        references = {}
+        for name, other in (needs or {}).items():
+            path = os.path.relpath(Path(other).resolve(), folder.resolve())
+            references[name] = {"path": path, "sha256": weights_digest(other)}
+        last = Path(beside) / "training.json"
+        last.write_text(json.dumps(training | {"needs": references}, indent=1) + "\n")
+        (folder / last.name).unlink(missing_ok=True)
+        for path in [*sorted(set(last.parent.iterdir()) - {last}), last]:
+            target = folder / path.name
+            if target.is_dir():
+                shutil.rmtree(target)
+            os.replace(path, target)
 
 
 def _save_part(part, folder):
@@ -169,58 +167,34 @@ def load_generator(folder, name=None):
         raise DiffEchoError(
             f"{folder}: a checkpoint of {model!r}, no generator ({models.GENERATORS})"
         )
-    if made.get("base"):
-        return _on_base(folder, made, name)
-    under = needed(folder, "text") if model == "text-seg" else folder
-    vae = load_autoencoder(needed(under, "autoencoder")) if made["needs"] else None
     text, classes = None, Generator.classes
+    if made.get("base"):
+        unet, vae, text, scheduler = _on_base(folder, made, name)
+    else:
+        under = needed(folder, "text") if model == "text-seg" else folder
+        vae = load_autoencoder(needed(under, "autoencoder")) if made["needs"] else None
+        scheduler = diffusers.DDPMScheduler.from_pretrained(under / "scheduler")
+        if model in ("text", "text-seg"):
+            text = load_text_encoder(needed(under, "clip"))
+            unet = _load(under / "unet", "UNet2DConditionModel")
     if model == "unconditional":
-        classes = tuple(
-            i for i in classes if camus.CLASS_NAMES[i] in made.get("recipes", camus.CLASS_NAMES)
-        )
-        unets = [None] * len(camus.CLASSES)
-        for i in classes:
-            unets[i] = _load(folder / camus.CLASS_NAMES[i], "UNet2DModel")
+        trained = made.get("recipes", camus.CLASS_NAMES)
+        classes = tuple(i for i in classes if camus.CLASS_NAMES[i] in trained)
+        unets = [
+            _load(folder / kind, "UNet2DModel") if kind in trained else None
+            for kind in camus.CLASS_NAMES
+        ]
         denoiser = models.Unconditional(unets)
     elif model == "sdm":
         denoiser = models.SemanticDiffusion(_load(folder / "unet", "SPADEDiffusionModelUNet"))
-    else:
-        text = load_text_encoder(needed(under, "clip"))
-        denoiser = models.TextGuided(_load(under / "unet", "UNet2DConditionModel"))
-    if model == "text-seg":
-        controlnet = _load(folder / "controlnet", "ControlNetModel")
-        strength = made.get("strength", 1.0)
-        denoiser = models.TextSegmentationGuided(denoiser.unet, controlnet, strength)
-    scheduler = diffusers.DDPMScheduler.from_pretrained(under / "scheduler")
-    return _generator(made, denoiser, scheduler, vae, text, classes)
-
-
-def _on_base(folder, made, name=None):
-    """The `Generator` that was fine-tuned on a base: all but what was trained comes from there."""
-    at = base.folder_of(name or made["base"]["name"])
-    if base.digest(at) != made["base"]["sha256"]:
-        raise DiffEchoError(
-            f"{at}: not the base that {folder} was trained on, {made['base']['name']} (its SHA-256 "
-            "differs); name that one with --base"
-        )
-    unet, text = base.load(at, "unet"), None
-    if made["model"] == "text":
-        if (folder / base.LORA_WEIGHTS).is_file():
-            unet = base.take_lora(unet, folder)
-        else:
-            unet = _load(folder / "unet", "UNet2DConditionModel")
+    elif model == "text":
         denoiser = models.TextGuided(unet)
     else:
         controlnet = _load(folder / "controlnet", "ControlNetModel")
         denoiser = models.TextSegmentationGuided(unet, controlnet, made.get("strength", 1.0))
-    text = TextEncoder(base.load(at, "text_encoder"), base.load_tokenizer(at))
-    return _generator(made, denoiser, base.load_scheduler(at), base.load(at, "vae"), text)
-
-
-def _generator(made, denoiser, scheduler, vae, text, classes=Generator.classes):
     channels, side = 1 if vae is None else vae.config.latent_channels, made["latent_side"]
     return Generator(
-        made["model"],
+        model,
         denoiser.eval().to(memory_format=torch.channels_last),  # a fifth faster on a CPU
         scheduler,
         vae,
@@ -230,6 +204,24 @@ def _generator(made, denoiser, scheduler, vae, text, classes=Generator.classes):
         made.get("stretched", False),
         classes,
     )
+
+
+def _on_base(folder, made, name):
+    """(unet, vae, text, scheduler) of what was fine-tuned on a base: all but a trained UNet comes from there."""
+    at, lora = base.folder_of(name or made["base"]["name"]), folder / base.LORA_WEIGHTS
+    if base.digest(at) != made["base"]["sha256"]:
+        raise DiffEchoError(
+            f"{at}: not the base that {folder} was trained on, {made['base']['name']} (its SHA-256 "
+            "differs); name that one with --base"
+        )
+    if made["model"] == "text" and not lora.is_file():
+        unet = _load(folder / "unet", "UNet2DConditionModel")
+    else:
+        unet = base.load(at, "unet")
+    if lora.is_file():
+        unet.load_lora_adapter(folder, weight_name=lora.name, prefix="unet")
+    text = TextEncoder(base.load(at, "text_encoder"), base.load_tokenizer(at))
+    return unet, base.load(at, "vae"), text, base.load_scheduler(at)
 
 
 def _load(folder, *classes):

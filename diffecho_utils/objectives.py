@@ -18,19 +18,15 @@ class ReconstructionObjective(nn.Module):
     Trains on random crops of `images` (N, 1, H, W) in [-1, 1].
     """
 
-    def __init__(self, vae, crop, spectral=1.0, kl=1e-6):
+    def __init__(self, vae, crop):
         super().__init__()
         self.network, self.crop = vae, crop
-        self.spectral, self.kl = spectral, kl
         self.spectrum = JukeboxLoss(spatial_dims=2, fft_norm="ortho")
 
     def draw(self, batch, generator):
-        drawn, n = _draw_crops(batch, self.crop, generator), len(batch["images"])
-        drawn["noise"] = torch.randn(
-            n, *models.latent_shape(self.network, self.crop), generator=generator
-        )
-        drawn["dither"] = torch.randn(n, 1, self.crop, self.crop, generator=generator)
-        return drawn
+        drawn, n = _draw_crops(batch, self, generator), len(batch["images"])
+        dither = torch.randn(n, 1, self.crop, self.crop, generator=generator)
+        return drawn | {"dither": dither}
 
     def forward(self, images, corners, noise, dither):
         crops = _crop(images, corners, self.crop)
@@ -39,8 +35,8 @@ class ReconstructionObjective(nn.Module):
         faint = dither / 255  # an amplitude of exactly 0, as in black crops, has no gradient: NaN
         parts = {
             "l1": F.l1_loss(reconstruction, crops),
-            "spectral": self.spectral * self.spectrum(reconstruction + faint, crops + faint),
-            "kl": self.kl * posterior.kl().mean(),
+            "spectral": self.spectrum(reconstruction + faint, crops + faint),
+            "kl": 1e-6 * posterior.kl().mean(),
         }
         return sum(parts.values()), parts
 
@@ -67,11 +63,7 @@ class TextureObjective(nn.Module):
         vae.quant_conv.requires_grad_(False)
 
     def draw(self, batch, generator):
-        drawn, n = _draw_crops(batch, self.crop, generator), len(batch["images"])
-        drawn["noise"] = torch.randn(
-            n, *models.latent_shape(self.network, self.crop), generator=generator
-        )
-        return drawn
+        return _draw_crops(batch, self, generator)
 
     def forward(self, images, corners, noise):
         crops = _crop(images, corners, self.crop)
@@ -95,7 +87,8 @@ class TextureObjective(nn.Module):
         return sum(parts.values()), parts
 
     def _judge(self, images):
-        return self.discriminator(torch.cat([images, 10 * _high_frequencies(images)], dim=1))
+        fine = images - data.blurred(images)  # finer than about five pixels
+        return self.discriminator(torch.cat([images, 10 * fine], dim=1))
 
 
 class ContrastiveObjective(nn.Module):
@@ -213,21 +206,19 @@ class ClassificationObjective(nn.Module):
         return F.cross_entropy(self.network(moved).float(), labels), {}
 
 
-def _draw_crops(batch, crop, generator):
-    n, _, height, width = batch["images"].shape
+def _draw_crops(batch, objective, generator):
+    """The corners of an autoencoder's crops, and noise of the shape of their latents."""
+    (n, _, height, width), crop = batch["images"].shape, objective.crop
     rows = torch.randint(height - crop + 1, (n,), generator=generator)
     columns = torch.randint(width - crop + 1, (n,), generator=generator)
-    return {"corners": torch.stack([rows, columns], 1)}
+    shape = models.latent_shape(objective.network, crop)
+    noise = torch.randn(n, *shape, generator=generator)
+    return {"corners": torch.stack([rows, columns], 1), "noise": noise}
 
 
 def _crop(images, corners, crop):
     pairs = zip(images, corners.tolist(), strict=True)
     return torch.stack([image[:, r : r + crop, c : c + crop] for image, (r, c) in pairs])
-
-
-def _high_frequencies(images):
-    """Image minus its blur (5 x 5 mean): what is finer than about five pixels."""
-    return images - F.avg_pool2d(F.pad(images, (2, 2, 2, 2), mode="reflect"), 5, stride=1)
 
 
 def _deviations(images):

@@ -102,7 +102,7 @@ def patient(seed, index):
             dynamic_range=_draw(rng, 55, 5, 42, 70),  # decibels from black to white
             brightness=_draw(rng, 0.52, 0.05, 0.36, 0.70),  # where in it the myocardium lies
             gamma=_draw(rng, 1.3, 0.12, 1.0, 1.7),  # exponent of the grey map
-            frames=int(rng.integers(12, 23)),  # of the half sequence
+            frames=int(rng.integers(12, 23)),  # from end-diastole to end-systole, for the cfg file
             seed=(seed, index, VIEWS.index(name)),  # of scatterers, texture, shadows
         )
     return SimpleNamespace(
@@ -168,9 +168,7 @@ def frame(patient, view, phase, ingredients=INGREDIENTS, side=SIDE):
     return _render(patient, patient.views[view], PHASES.index(phase), ingredients, side)
 
 
-def write(
-    root, patients=60, seed=0, side=SIDE, half_sequences=False, processes=None, progress=None
-):
+def write(root, patients=60, seed=0, side=SIDE, processes=None, progress=None):
     """Write a phantom folder in CAMUS's layout, in place of a phantom at `root`, and return `root`.
 
     Same seed, same bytes, whatever the number of `processes` (default: one a core; 1 stays in this
@@ -185,9 +183,9 @@ def write(
         raise DiffEchoError(f"{root}: holds something else than a phantom; name an empty folder")
     with _replacing(root.resolve()) as new:
         camus.write_lists(new, _splits(patients, seed))
-        jobs = [(new, seed, index, side, half_sequences) for index in range(patients)]
+        jobs = (delayed(_write_patient)(new, seed, index, side) for index in range(patients))
         work = Parallel(min(patients, processes or cpu_count()), return_as="generator")
-        with contextlib.closing(work(delayed(_write_patient)(*job) for job in jobs)) as written:
+        with contextlib.closing(work(jobs)) as written:
             for done, _ in enumerate(written, start=1):
                 if progress:
                     progress(done, patients, "patients")
@@ -196,7 +194,7 @@ def write(
     return root
 
 
-def ensure(root, patients=60, seed=0, progress=None):
+def ensure(root, patients=60, seed=0):
     """Path of the phantom folder `root`: written unless there, whole, and the one asked for."""
     root = Path(root)
     if _description_of(root) == _description(patients, seed, SIDE):
@@ -204,7 +202,7 @@ def ensure(root, patients=60, seed=0, progress=None):
         masks = [frame_path(root, n, v, p, mask=True) for n in names for v in VIEWS for p in PHASES]
         if all(path.is_file() for path in masks):
             return root
-    return write(root, patients, seed, progress=progress)
+    return write(root, patients, seed)
 
 
 # --- the heart ------------------------------------------------------------------------------------
@@ -574,7 +572,7 @@ def _scan_grid(side, half_angle):
 # --- the folder -----------------------------------------------------------------------------------
 
 
-def _write_patient(root, seed, index, side, half_sequences):
+def _write_patient(root, seed, index, side):
     person = patient(seed, index)
     folder = root / "database_nifti" / person.name
     folder.mkdir(parents=True)
@@ -582,22 +580,14 @@ def _write_patient(root, seed, index, side, half_sequences):
     for name, view in person.views.items():
         stem = f"{person.name}_{name}"
         for phase in PHASES:
-            _save(folder / f"{stem}_{phase}", *frame(person, name, phase, side=side))
-        if half_sequences:
-            beats = np.linspace(0, 1, view.frames)
-            film = [_render(person, view, beat, INGREDIENTS, side) for beat in beats]
-            images, masks = (np.stack([shot[part] for shot in film], -1) for part in (0, 1))
-            _save(folder / f"{stem}_half_sequence", images, masks, film[0][2])
+            image, mask, mm = frame(person, name, phase, side=side)
+            for end, array in (("", image.astype(np.float32)), ("_gt", mask)):
+                camus.write_nifti(folder / f"{stem}_{phase}{end}.nii.gz", array, mm, mm)
         (folder / f"Info_{name}.cfg").write_text(
             f"ED: 1\nES: {view.frames}\nNbFrame: {view.frames}\nSex: {person.sex}\nAge: {person.age}\n"
             f"ImageQuality: {view.quality}\nEF: {round(100 * (1 - systolic / diastolic))}\n"
             f"FrameRate: {person.frame_rate}\n"
         )
-
-
-def _save(stem, image, mask, mm):
-    for end, array in (("", image.astype(np.float32)), ("_gt", mask)):
-        camus.write_nifti(stem.with_name(f"{stem.name}{end}.nii.gz"), array, mm, mm)
 
 
 def _splits(patients, seed):

@@ -203,21 +203,6 @@ def adapt(profile, model, *, steps=None, **changes):
     return replace(profile, **found)
 
 
-def narrowed(profile, width):
-    """The profile with networks `width` times as wide: weights and time go with about its square."""
-    # Channels stay multiples of what the normalisation layers divide them by
-    divided = {"autoencoder_channels": 8, "clip_width": 32}
-    divided |= {"unconditional_channels": 16, "unet_channels": 16, "sdm_channels": 16}
-
-    def narrow(channels, by):
-        if isinstance(channels, tuple):
-            return tuple(narrow(each, by) for each in channels)
-        return max(by, round(channels * width / by) * by)
-
-    changed = {row: narrow(getattr(profile, row), by) for row, by in divided.items()}
-    return replace(profile, **changed)
-
-
 def get(name):
     """The profile of this name; DiffEchoError names those there are."""
     if name not in PROFILES:

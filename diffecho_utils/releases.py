@@ -4,8 +4,8 @@ Chapter 01. `camus.py` reads the official layout alone; whatever else is passed 
 that layout first, once. The forms, and what tells them:
 
     official  a folder that holds `database_nifti/` (the NIfTI release, the phantom)
-    mhd       the older release: `patientNNNN/patientNNNN_{2CH,4CH}_{ED,ES,sequence}[_gt].mhd` and cfg
-              files, in the folder or below (`training/`, `testing/`); its pixels are oblong
+    mhd       the older release: `patientNNNN/patientNNNN_{2CH,4CH}_{ED,ES}[_gt].mhd` and cfg files, in
+              the folder or below (`training/`, `testing/`); its pixels are oblong
     hdf5      the re-pack that the paper used: a file (or a folder with one) with the arrays
               `train {2ch,4ch} {ED,ES} {frames,masks}`, (N, H, W, 1) each, patients without names
     png       pictures named as the paper's script names them, `ch2_ed_frame_0.png` and
@@ -18,7 +18,8 @@ A label map ends in `_gt`, or lies in a folder named masks, labels, labelsTr or 
 frame's own name (behind which a channel, `_0000`, or a split, `_training`, may stand). They hold 0-3, or
 0/85/170/255 in hdf5 and png. Patients without a name become patient0001 and on, in order: not CAMUS's own
 numbers. Folders named train*, val* and test*, or nnU-Net's, give the splits where no list does; in an
-hdf5 file subjects 0-49 are for validation, as in the paper's code.
+hdf5 file subjects 0-49 are for validation, as in the paper's code. Half sequences are left out: nothing
+here reads them.
 """
 
 import contextlib
@@ -40,7 +41,7 @@ from diffecho_utils import DiffEchoError, assets, camus, files
 
 _ENDS = {"mhd": (".mhd",), "nifti": (".nii", ".nii.gz"), "png": (".png",)}  # of a form's pictures
 _NAMES = (  # of a picture, without its end: CAMUS's own, and those of the paper's script
-    r"(?P<patient>patient\d+)_(?P<view>2CH|4CH)_(?P<phase>ED|ES|(?:half_)?sequence)(?P<mask>_gt)?"
+    r"(?P<patient>patient\d+)_(?P<view>2CH|4CH)_(?P<phase>ED|ES)(?P<mask>_gt)?"
     r"(?:_0000|_training|_validation|_testing)?",  # of no meaning here
     r"ch(?P<view>[24])_(?P<phase>ED|ES)_(?:frame|(?P<mask>mask))_(?P<index>\d+)",
 )
@@ -193,11 +194,10 @@ def _recognise_pictures(path, form, keys):
                 raise DiffEchoError(f"{file}: another one is {group[name]}; leave one of the two")
     pictures, splits = {}, {}
     for (patient, split), group in sorted(groups.items()):
-        frames = {name for name in group if "sequence" not in name}
-        whole = {name for name in frames if f"{name}_gt" in frames}
+        whole = {name for name in group if f"{name}_gt" in group}
         whole |= {f"{name}_gt" for name in whole}
-        alone += [group.pop(name) for name in sorted(frames - whole)]
-        if not whole:
+        alone += [group.pop(name) for name in sorted(set(group) - whole)]
+        if not group:
             continue
         if patient in pictures:
             where = f"{splits[patient]} and {split} folders"
@@ -222,11 +222,10 @@ def _key(path):
         if match := re.fullmatch(pattern, stem, re.I):
             found = match.groupdict()
             patient = found.get("patient") or f"patient{int(found['index']) + 1:04d}"
-            view, phase = found["view"][0], found["phase"].upper()
-            phase = "half_sequence" if "SEQUENCE" in phase else phase
             folders = path.parts[:-1]
             mask = found["mask"] or any(re.fullmatch(_MASK_FOLDER, f, re.I) for f in folders)
-            return patient.lower(), f"{view}CH_{phase}{'_gt' if mask else ''}"
+            end = f"{found['view'][0]}CH_{found['phase'].upper()}{'_gt' if mask else ''}"
+            return patient.lower(), end
     return None
 
 
@@ -262,12 +261,11 @@ def _write_patient(folder, pictures, read, scale):
     folder.mkdir(parents=True, exist_ok=True)
     shapes, ranges = {}, {}
     for name, source in pictures.items():
-        array, spacing = _checked(read, source, 3 if "sequence" in name else 2)
+        array, spacing = _checked(read, source)
         if name.endswith("_gt"):
             array = _labels(array, source)
         else:
-            if "sequence" not in name:
-                ranges[_place(source)] = camus.grey_range(array)
+            ranges[_place(source)] = camus.grey_range(array)
             if array.dtype != np.uint8 or scale != _AS_THEY_ARE:
                 array = camus.scaled(array, *scale)
         shapes[name] = array.shape
@@ -285,16 +283,16 @@ def _write_patient(folder, pictures, read, scale):
     return ranges
 
 
-def _checked(read, source, dimensions):
+def _checked(read, source):
     """What `read` gives, without axes of length 1; DiffEchoError for what cannot be a picture."""
     try:
-        array, spacing = read(source, dimensions)
+        array, spacing = read(source)
     except DiffEchoError:
         raise
     except (OSError, ValueError) as error:
         raise DiffEchoError(f"{_place(source)}: unreadable ({error}); copy it again") from None
     array = np.squeeze(array)
-    if array.ndim != dimensions or not np.isfinite(array).all():
+    if array.ndim != 2 or not np.isfinite(array).all():
         what = f"shape {array.shape}, or values that are not finite"
         raise DiffEchoError(f"{_place(source)}: {what}; copy it again")
     return array, spacing
@@ -302,21 +300,21 @@ def _checked(read, source, dimensions):
 
 @contextlib.contextmanager
 def _reader(release):
-    """Context of read(source, dimensions) for a form: an array, rows = depth, and (lateral, depth) in mm or NaN."""
+    """Context of read(source) for a form: an array, rows = depth, and (lateral, depth) in mm or NaN."""
     if release.form != "hdf5":
         yield {"mhd": _read_mhd, "nifti": _read_nifti, "png": _read_png}[release.form]
         return
     # A chunk may span many subjects: the cache keeps a file from being unpacked once a subject.
     with h5py.File(release.path, "r", rdcc_nbytes=2**26, rdcc_nslots=10007) as file:
-        yield lambda source, dimensions: (file[source[1]][source[2]], _NO_SPACING)
+        yield lambda source: (file[source[1]][source[2]], _NO_SPACING)
 
 
-def _read_nifti(source, dimensions):
-    array, spacing = camus.read_nifti(source, dimensions)
+def _read_nifti(source):
+    array, spacing = camus.read_nifti(source)
     return array.T, spacing
 
 
-def _read_mhd(source, dimensions):
+def _read_mhd(source):
     try:
         import SimpleITK
 
@@ -330,7 +328,7 @@ def _read_mhd(source, dimensions):
     return np.flip(array, [-1 - axis for axis in (0, 1) if steps[axis] < 0]), image.GetSpacing()[:2]
 
 
-def _read_png(source, dimensions):
+def _read_png(source):
     with Image.open(source) as image:
         if image.mode not in ("L", "LA", "RGB", "RGBA", "I;16", "I"):
             raise ValueError(f"mode {image.mode}, not grey of 8 or 16 bits")

@@ -101,8 +101,9 @@ def train(
     recipe's; for a model of several stages, of each. A run that was interrupted in `folder` goes on, if it
     is this one; restart: it is thrown away. say: is given a line of text now and then. lora: rank of
     the low-rank additions that are trained instead of a base's whole UNet (text). `settings` go to the
-    objective; templates (text, text-seg): which prompts are read. Returns the log, a DataFrame with a row every few steps and the column stage. Raises
-    DiffEchoError for what is missing, and where `folder` holds a run that was made from other things.
+    objective; templates (text, text-seg): which prompts are read. Returns the log, a DataFrame with a row
+    every few steps and the column stage. Raises DiffEchoError for what is missing, and where `folder`
+    holds a run that was made from other things.
     """
     folder, needs = Path(folder), _wanted(model, profile, needs or {})
     started_from = start and checkpoints.read_training(start)
@@ -117,9 +118,7 @@ def train(
             if start is not None and isinstance(part, nn.Module):
                 say(checkpoints.take_weights(part, Path(start) / subfolder))
         if minutes is not None:
-            known = None if restart else _known_steps(state)
-            steps = known or steps_within(minutes, stage)
-            recipe = replace(recipe, steps=broadcast_object_list([steps])[0])
+            recipe = _within(minutes, stage, None if restart else state)
             say(f"{stage.name}: {recipe.steps} steps fit in {minutes:g} minutes")
         how = {"restart": restart, "seed": seed, "say": say, "origin": origin}
         log = fit(stage.objective, stage.tensors, recipe, state, **how)
@@ -136,6 +135,15 @@ def train(
         facts |= {"recipes": recipes} | _told(log) | (provenance or {})
         checkpoints.save(parts, folder, facts, needs)
     return log
+
+
+def _within(minutes, stage, state):
+    """The stage's recipe with the steps that fit; with those found before, where its run goes on."""
+    if state and state.exists():
+        steps = _read_state(state)[0]["made_from"]["recipe"]["steps"]
+    else:
+        steps = steps_within(minutes, stage)
+    return replace(stage.recipe, steps=broadcast_object_list([steps])[0])
 
 
 def builds_on(model, profile):
@@ -162,7 +170,9 @@ def _base(model, profile, lora, say):
     if profile.base and model in ON_A_BASE:
         at = base.folder_of(profile.base, say)
         made = {"name": str(profile.base), "sha256": base.digest(at)}
-        return at, {"base": made, "lora": lora}
+        if lora is None or model == "text":
+            return at, {"base": made, "lora": lora}
+        raise DiffEchoError(f"LoRA is for the model text; train {model} without --lora")
     if lora:
         raise DiffEchoError(
             "LoRA adds to a base's UNet; name one with --base, or a profile that has one"
@@ -232,9 +242,7 @@ def _stages(model, frames, profile, needs, at, lora, seed, cache_dir, settings, 
         return _unconditional(frames, profile, views, settings)
     if model == "sdm":
         return _sdm(profile, views, settings)
-    if at is not None:
-        return _text_on_base(model, frames, profile, views, at, lora, settings, say)
-    return _text(model, frames, profile, views, needs, settings)
+    return _text(model, frames, profile, views, needs, at, lora, settings, say)
 
 
 def _autoencoder(frames, profile, settings):
@@ -290,48 +298,41 @@ def _sdm(profile, views, settings):
     yield Stage("sdm", objective, views, profile.sdm, [("unet", unet), ("scheduler", scheduler)])
 
 
-def _text(model, frames, profile, views, needs, settings):
-    """The text model; or, on the frozen one in the folder needs["text"], its ControlNet."""
-    texts, tensors = _told_of(frames, views, settings.pop("templates", TRAINING_PROMPTS))
-    if model == "text":
-        encoder = checkpoints.load_text_encoder(needs["clip"])
-        unet, recipe = models.build_text_unet(profile), profile.text
-        denoiser, scheduler = models.TextGuided(unet), models.build_scheduler(recipe.prediction)
-        parts = [("unet", unet), ("scheduler", scheduler)]
-    else:
-        frozen = checkpoints.load_generator(needs["text"])
-        encoder, scheduler = frozen.text, frozen.scheduler
-        controlnet = models.build_controlnet(frozen.denoiser.unet)
-        denoiser = models.TextSegmentationGuided(frozen.denoiser.unet, controlnet)
-        recipe = replace(profile.text_seg, prediction=scheduler.config.prediction_type)
-        tensors["masks"], parts = views["masks"], [("controlnet", controlnet)]
-    objective = _diffusion(denoiser, scheduler, recipe, settings, encoder(texts))
-    yield Stage(model, objective, tensors, recipe, parts)
+def _text(model, frames, profile, views, needs, at, lora, settings, say):
+    """The text model; or, on a frozen one, its ControlNet.
 
-
-def _text_on_base(model, frames, profile, views, at, lora, settings, say):
-    """Stable Diffusion's own UNet, whole or by LoRA; or a ControlNet on it, frozen: as in the paper."""
-    texts, tensors = _told_of(frames, views, settings.pop("templates", [ON_A_BASE[model]]))
-    encoder = checkpoints.TextEncoder(base.load(at, "text_encoder"), base.load_tokenizer(at))
-    unet, scheduler = base.load(at, "unet"), base.load_scheduler(at)
-    denoiser, recipe, part = models.TextGuided(unet), profile.text, ("unet", unet)
-    if model == "text-seg":
-        controlnet = models.build_controlnet(unet, hint=(16, 32, 96, 256))
-        denoiser, recipe = models.TextSegmentationGuided(unet, controlnet), profile.text_seg
-        tensors["masks"], part = views["masks"], ("controlnet", controlnet)
-    elif lora:
-        recipe, part = profile.lora, ("", base.Lora(unet, lora))
-    recipe = replace(recipe, prediction=scheduler.config.prediction_type)
-    say(base.spare(denoiser, recipe))
-    objective = _diffusion(denoiser, scheduler, recipe, settings, encoder(texts))
-    yield Stage(model, objective, tensors, recipe, [part])
-
-
-def _told_of(frames, views, templates):
-    """(texts, tensors): the prompts of these templates, and which of them go with each latent."""
+    On a base (its folder: `at`) Stable Diffusion's own UNet, whole or by LoRA, or a ControlNet on it, as in
+    the paper; else networks of our own.
+    """
+    templates = settings.pop("templates", [ON_A_BASE[model]] if at else TRAINING_PROMPTS)
     texts, ids = data.prompt_table(frames, templates)
     copies = len(views["latents"]) // len(frames)
-    return texts, {"latents": views["latents"], "prompts": ids.repeat(copies, 1)}
+    tensors = {"latents": views["latents"], "prompts": ids.repeat(copies, 1)}
+    if at:
+        encoder = checkpoints.TextEncoder(base.load(at, "text_encoder"), base.load_tokenizer(at))
+        unet, scheduler = base.load(at, "unet"), base.load_scheduler(at)
+    elif model == "text":
+        encoder = checkpoints.load_text_encoder(needs["clip"])
+        unet = models.build_text_unet(profile)
+        scheduler = models.build_scheduler(profile.text.prediction)
+    else:
+        frozen = checkpoints.load_generator(needs["text"])
+        encoder, unet, scheduler = frozen.text, frozen.denoiser.unet, frozen.scheduler
+    if model == "text":
+        denoiser, recipe, parts = models.TextGuided(unet), profile.text, [("unet", unet)]
+        parts += [] if at else [("scheduler", scheduler)]
+    else:
+        hint = (16, 32, 96, 256) if at else (8, 16, 32, 64)
+        controlnet = models.build_controlnet(unet, hint)
+        denoiser, recipe = models.TextSegmentationGuided(unet, controlnet), profile.text_seg
+        tensors["masks"], parts = views["masks"], [("controlnet", controlnet)]
+    if lora and model == "text":
+        recipe, parts = profile.lora, [("", base.Lora(unet, lora))]
+    recipe = replace(recipe, prediction=scheduler.config.prediction_type)
+    if at:
+        say(base.spare(denoiser, recipe))
+    objective = _diffusion(denoiser, scheduler, recipe, settings, encoder(texts))
+    yield Stage(model, objective, tensors, recipe, parts)
 
 
 def _diffusion(denoiser, scheduler, recipe, settings, states=None):
@@ -355,15 +356,15 @@ def _check_latents(vae, folder, frames, profile):
         )
 
 
-def steps_within(minutes, stage, probe=30):
-    """Steps of a `Stage` that take so many minutes here: 9 tenths of what a copy's `probe` steps tell."""
+def steps_within(minutes, stage):
+    """Steps of a `Stage` that take so many minutes here: 9 tenths of what 30 steps of a copy tell."""
     copied, seconds = copy.deepcopy(stage.objective), []
-    for steps in (5, probe):  # the first steps are slow and do not count
+    for steps in (5, 30):  # the first steps are slow and do not count
         started = time.monotonic()
         brief = replace(stage.recipe, steps=steps, warmup=1)
         fit(copied, stage.tensors, brief, None, say=lambda line: None)
         seconds.append(time.monotonic() - started)
-    return max(1, int(0.9 * (60 * minutes - sum(seconds)) / (seconds[1] / probe)))
+    return max(1, int(0.9 * (60 * minutes - sum(seconds)) / (seconds[1] / 30)))
 
 
 def fit(
@@ -490,14 +491,14 @@ class _Run:
             part = slice(piece * recipe.batch, (piece + 1) * recipe.batch)
             yield {name: tensor[part] for name, tensor in batch.items()}
 
-    def take_averages(self, batches=16):
+    def take_averages(self):
         """Give the network its averaged weights, in evaluation mode.
 
         Batch normalisation's statistics belong to the weights they were taken with: for the averaged
-        ones they are taken anew, over `batches` batches of the training tensors.
+        ones they are taken anew, over 16 batches of the training tensors.
         """
         self.ema.copy_to(self.averaged)
-        steps = range(-(-batches // self.recipe.accumulation))
+        steps = range(-(-16 // self.recipe.accumulation))
         chosen = itertools.chain.from_iterable(map(self.batches, steps))
         update_bn(chosen, _Told(self.objective))  # takes none where the network has no such layer
         self.objective.network.eval()
@@ -632,11 +633,6 @@ def _seed(seed, stream, index):
 def _generator(*which):
     """Random numbers of their own for each `_seed`, the same on every device."""
     return torch.Generator().manual_seed(_seed(*which))
-
-
-def _known_steps(path):
-    """The steps of the run whose state is at `path`; None where there is none."""
-    return _read_state(path)[0]["made_from"]["recipe"]["steps"] if path.exists() else None
 
 
 def _read_state(path):

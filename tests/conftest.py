@@ -84,12 +84,6 @@ def pictures(root):
     return {(row.patient, row.view, row.phase): camus.read_frame(row) for row in rows}
 
 
-def films(root):
-    """{name: half sequence} of such a folder."""
-    paths = sorted(root.rglob("*_half_sequence.nii.gz"))
-    return {path.name: camus.read_nifti(path, dimensions=3)[0] for path in paths}
-
-
 def assert_same_pictures(root, expected, tolerance=0.0):
     found = pictures(root)
     assert found.keys() == expected.keys()
@@ -101,7 +95,7 @@ def assert_same_pictures(root, expected, tolerance=0.0):
 
 @pytest.fixture(scope="session")
 def filmed_root(tmp_path_factory):
-    """A phantom of four patients with short half sequences."""
+    """A phantom of four patients with short half sequences, which nothing reads."""
     root = tmp_path_factory.mktemp("data") / "filmed"
     phantom.write(root, patients=4, seed=3, side=64, processes=1)
     for path in root.rglob("*_ED.nii.gz"):

@@ -274,13 +274,15 @@ def test_another_base_is_refused_and_a_moved_one_is_named(fine_tuned, tiny, brok
         checkpoints.load_generator(fine_tuned["lora"], broken)
 
 
-def test_the_whole_road_by_commands(tiny, phantom_root, tmp_path):
+def test_the_whole_road_by_commands(tiny, phantom_root, tmp_path, capsys):
     out, drawn = tmp_path / "lora", tmp_path / "set"
     folders = ["--data", phantom_root, "--profile", "smoke", "--out", out]
     assert (
         main(["train", "text", *folders, "--base", tiny, "--lora", 2, "--template", "random"]) == 0
     )
-    assert main(["train", "sdm", *folders[:-1], tmp_path / "x", "--lora", 2, "--base", tiny]) == 1
+    for model in ("sdm", "text-seg"):
+        refused = [*folders[:-1], tmp_path / "x", "--lora", 2, "--base", tiny]
+        assert main(["train", model, *refused]) == 1 and "LoRA" in capsys.readouterr().err
     draw = ["--checkpoint", out, "--out", drawn, "--n", 6, "--steps", 2, "--guidance", 2]
     assert main(["sample", "text", *draw]) == 0
     assert len(list((drawn / "images").glob("*.png"))) == 24

@@ -108,20 +108,6 @@ def test_cfg_files_agree_with_the_contours(folder):
             assert int(values["EF"]) == round(100 * (1 - systolic / diastolic))
 
 
-def test_half_sequences_start_and_end_at_the_frames(tmp_path):
-    root = phantom.write(tmp_path / "film", 1, side=64, half_sequences=True, processes=1)
-    for view in VIEWS:
-        stem = root / "database_nifti" / "patient0001" / f"patient0001_{view}_half_sequence"
-        film, labels = array(f"{stem}.nii.gz"), array(f"{stem}_gt.nii.gz")
-        first, last = (array(frame_path(root, "patient0001", view, phase)) for phase in PHASES)
-        count = phantom.patient(0, 0).views[view].frames
-        assert film.shape == labels.shape == (*first.shape, count)
-        assert np.array_equal(film[..., 0], first)
-        assert np.array_equal(film[..., -1], last)
-        areas = (labels == 1).sum((0, 1))
-        assert np.all(np.diff(areas) <= 0), "the ventricle empties from frame to frame"
-
-
 @pytest.mark.parametrize("patients", [1, 2, 3, 10, 60])
 def test_splits_are_disjoint_and_complete(patients):
     splits = phantom._splits(patients, 0)
