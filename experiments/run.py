@@ -41,7 +41,7 @@ from diffecho_utils import DiffEchoError, assets, files, profiles, results
 
 RECORDS = "checkpoints strength autoencoders generators sampling ablations segmentation "
 RECORDS += "classification pretrained phantom_realism phantom_ablation gallery paper_scale"
-SPEEDS = "phantom_speed training_speed recipes"  # tables of this machine, which are only printed
+SPEEDS = "phantom_speed training_speed recipes trainings"  # tables that are only printed
 opened = functools.cache(World)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from diffecho_utils import assets, camus, results
+from diffecho_utils import assets, camus, checkpoints, models, results, training
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 EXPERIMENTS = {path.stem for path in (CHECKOUT / "experiments").glob("*.py")}
@@ -126,6 +126,18 @@ def test_speeds(run, capsys, name, words, told):
     assert run(name, *words) == 0
     out = capsys.readouterr().out
     assert all(word in out for word in told) and "error" not in out and "NaN" not in out
+
+
+def test_one_command_trains_everything_on_equally_many_images(run, tmp_path, capsys):
+    words = ["trainings", "--images", 64, "--batch", 8]
+    for only in ("autoencoder|clip", ""):  # a killed command goes on
+        assert run(*words, "--only", only) == 0
+    assert "sdm" in capsys.readouterr().out
+    (folder,) = (assets.workspace() / "trainings").iterdir()
+    assert sorted(path.name for path in folder.iterdir()) == sorted(training.MODELS)
+    spent = {name: checkpoints.budget(folder / name) for name in models.GENERATORS}
+    assert {of["images"] for of in spent.values()} == {64} and spent["text-seg"]["before"] == 64
+    assert checkpoints.load_generator(folder / "text-seg").model == "text-seg"
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
