@@ -326,3 +326,25 @@ def training_curve(training, stage):
         seen = log["images"].iloc[-1]
         logs.append(log)
     return pd.concat(logs, ignore_index=True)
+
+
+def budget(folder):
+    """What a checkpoint's training took, from the logs that it carries, those it went on from included.
+
+    {"images": seen, "before": those that the generator saw that it is built on, "hours": both
+    together, "hardware"}. A ControlNet's own images had label maps; its text model's, before, had none.
+    """
+    training, earlier = (
+        read_training(folder),
+        {"images": 0, "before": 0, "hours": 0, "hardware": []},
+    )
+    curves = [training_curve(training, stage) for stage in training["recipes"]]
+    if "text" in training["needs"]:
+        earlier = budget(needed(folder, "text"))
+    machines = [*earlier["hardware"], *(name for curve in curves for name in curve["hardware"])]
+    return {
+        "images": int(sum(curve["images"].iloc[-1] for curve in curves)),
+        "before": earlier["images"] + earlier["before"],
+        "hours": earlier["hours"] + float(sum(c["seconds"].sum() for c in curves)) / 3600,
+        "hardware": list(dict.fromkeys(machines)),
+    }

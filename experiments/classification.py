@@ -4,7 +4,7 @@
 each class, those with label maps drawn to the maps of the training patients:
 
     python -m diffecho_utils sample text --checkpoint data/checkpoints/camus/text --n 200 --out SETS/text
-    python -m diffecho_utils sample sdm --checkpoint data/checkpoints/camus/sdm --masks ROOT --n 800 --out SETS/sdm
+    python -m diffecho_utils sample sdm --checkpoint data/checkpoints/camus/sdm --masks ROOT --n 200 --out SETS/sdm
 
 Of each set the same number of images is used, half as many of a class as there are real frames of it; which,
 is drawn with the seed. Most arms train the small network of the profile; the paper's five have few steps,
@@ -34,13 +34,14 @@ RECIPES = {
     "vgg19": {"steps": 160, "batch": 16, "learning_rate": 1e-4},
     "efficientnet-b0": {"steps": 400, "batch": 16, "learning_rate": 1e-3},
     # bfloat16 makes its convolutions slower
-    backbones.LITE: {"steps": 300, "batch": 16, "learning_rate": 1e-3, "bf16": False},
+    backbones.LITE: {"steps": 200, "batch": 16, "learning_rate": 1e-3, "bf16": False},
 }
 PLAIN = {
     "network": "small",
     "side": None,  # pixels; None: the profile's
     "pretrained": False,  # ImageNet's weights to begin with
     "last": None,  # only the last layers are trained, with so many weights
+    "learning_rate": None,  # None: of the network's recipe
     "set": None,
     "alone": False,  # without real frames
     "augment": True,
@@ -77,6 +78,7 @@ def compute(world, arm, seed, asked, folder, steps):
     if asked["alone"]:
         frames = frames.where(np.arange(len(frames)) >= real)
     recipe = dict(RECIPES[name])
+    recipe["learning_rate"] = asked["learning_rate"] or recipe["learning_rate"]
     steps = steps or round(recipe.pop("steps") * asked["length"])
     recipe.pop("steps", None)
     how = QUIET | ({} if asked["augment"] else data.STILL) | {"seed": seed, "steps": steps}

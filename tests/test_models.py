@@ -153,6 +153,27 @@ def test_training_curve_joins_what_a_training_went_on_from():
     assert curve["images"].tolist() == [80, 160, 180]
 
 
+def test_a_budget_counts_what_a_network_stands_on(smoke, tmp_path):
+    """Two sides of a comparison are given in the same words, whatever each began with."""
+
+    def run(name, stages, needs=None, **more):
+        recipe = {"batch": 4, "accumulation": 2}
+        log = {s: [{"step": n, "seconds": 1800.0}] for s, n in stages.items()}
+        made = {"recipes": dict.fromkeys(stages, recipe), "log": log, "hardware": name} | more
+        checkpoints.save([("", models.build_segmenter(smoke))], tmp_path / name, made, needs)
+
+    first = {"recipes": {"text": {"batch": 1, "accumulation": 1}}, "hardware": "a GPU"}
+    first |= {"log": {"text": [{"step": 100, "seconds": 3600.0}]}}
+    run("text", {"text": 10}, started_from=first)
+    run("text-seg", {"text-seg": 30}, {"text": tmp_path / "text"}, processes=2)
+    run("sdm", {"one": 20, "two": 20})
+    found = {name: checkpoints.budget(tmp_path / name) for name in ("sdm", "text", "text-seg")}
+    assert found["sdm"] == {"images": 320, "before": 0, "hours": 1.0, "hardware": ["sdm"]}
+    assert found["text"]["images"] == 100 + 80 and found["text"]["before"] == 0
+    both = {"images": 480, "before": 180, "hours": 2.0, "hardware": ["a GPU", "text", "text-seg"]}
+    assert found["text-seg"] == both
+
+
 SHIPPED = sorted((assets.root() / "data" / "checkpoints").glob("*/*"))
 
 
