@@ -51,7 +51,9 @@ RECORD = place("write it as a record", "json", metavar="FILE")
 SPLIT = Literal["training", "validation", "testing"]  # camus.SPLITS
 ANY_SPLIT = Literal[SPLIT, "all"]  # all: every patient, listed or not
 GENERATOR = Literal["unconditional", "text", "text-seg", "sdm"]
-MODEL = Literal["autoencoder", "clip", GENERATOR, "segmenter", "classifier"]
+MODEL = Literal[
+    "autoencoder", "clip", GENERATOR, "sdm-student", "small-decoder", "segmenter", "classifier"
+]
 FEATURES = Literal["autoencoder", "classifier", "clip", "inception"]
 RECIPE = ("batch", "accumulation", "learning_rate", "ema", "prediction", "snr_gamma")
 TEMPLATE = Literal["paper", "paper-seg", "random", "clinical"]  # prompts.TEMPLATES
@@ -239,6 +241,7 @@ def train_command(
     autoencoder: SHIPPED = None,
     clip: SHIPPED = None,
     text: SHIPPED = None,
+    sdm: SHIPPED = None,
     base: BASE = None,
     lora: count("text: rank of LoRA on the base; default: its whole UNet") = None,
     template: option(
@@ -275,7 +278,7 @@ def train_command(
     missing = [name for i, name in enumerate(camus.CLASS_NAMES) if i not in frames.classes]
     if missing:
         print(f"note: no frames of {', '.join(missing)}: the network learns the other classes only")
-    needs = {"autoencoder": autoencoder, "clip": clip, "text": text}
+    needs = {"autoencoder": autoencoder, "clip": clip, "text": text, "sdm": sdm}
     needs = {
         name: needs[name] or assets.checkpoint(frames.table.attrs["world"], name)
         for name in training.builds_on(model, profile)
@@ -293,6 +296,7 @@ def sample_command(
     checkpoint: place("of the trained generator"),
     out: OUT,
     base: option(str, "where it lies by now; default: where it was", metavar="NAME") = None,
+    decoder: place("a small decoder, for speed; default: the autoencoder's") = None,
     n: count("images of each of the four classes") = 50,
     masks: place("a CAMUS folder: its label maps", metavar="ROOT") = None,
     split: option(ANY_SPLIT, "of the label maps") = "training",
@@ -318,11 +322,12 @@ def sample_command(
 
     if masks and "masks" not in sampling.CONDITIONS[model]:
         raise DiffEchoError(f"{model} is told no label maps; leave --masks out")
-    generator = checkpoints.load_generator(checkpoint, base)
+    generator = checkpoints.load_generator(checkpoint, base, decoder)
     if generator.model != model:
         raise DiffEchoError(f"{checkpoint}: a checkpoint of {generator.model}")
     state, made = models.processes(), checkpoints.read_training(checkpoint)
     facts = {key: made.get(key) for key in ("world", "profile", "commit", "stretched")}
+    facts |= {"decoder": decoder.name} if decoder else {}
     frames, classes = None, generator.classes
     if masks:
         frames = _frames(_official(masks), split, generator, patients, fold=fold)

@@ -24,6 +24,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from diffecho_utils import DiffEchoError, base, camus, data, files, models
 
+STUDENTS = {"sdm-student": "sdm"}  # what they are told and how they are drawn with
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
@@ -155,14 +156,15 @@ def load_network(folder):
     return Judge(network, made["side"], made.get("stretched", False)).eval()
 
 
-def load_generator(folder, name=None):
+def load_generator(folder, name=None, decoder=None):
     """The `Generator` in `folder`, of whichever model, with the checkpoints it was trained with.
 
-    name: of the base that it was trained on (`base`), where that lies elsewhere by now. Raises
-    DiffEchoError where one of those is missing or is not the one of the training.
+    name: of the base that it was trained on (`base`), where that lies elsewhere by now. decoder: folder of a
+    small decoder, to decode with that instead. Raises DiffEchoError where one of those is missing or is not
+    the one of the training, and for a decoder of another autoencoder.
     """
     folder, made = Path(folder), read_training(folder)
-    model = made.get("model")
+    model = STUDENTS.get(made.get("model"), made.get("model"))
     if model not in models.GENERATORS:
         raise DiffEchoError(
             f"{folder}: a checkpoint of {model!r}, no generator ({models.GENERATORS})"
@@ -184,7 +186,8 @@ def load_generator(folder, name=None):
             _load(folder / kind, "UNet2DModel") if kind in trained else None
             for kind in camus.CLASS_NAMES
         ]
-        denoiser = models.Unconditional(unets)
+        shared = _load(folder / "shared", "UNet2DModel") if "shared" in trained else None
+        denoiser = models.Unconditional(unets, shared)
     elif model == "sdm":
         denoiser = models.SemanticDiffusion(_load(folder / "unet", "SPADEDiffusionModelUNet"))
     elif model == "text":
@@ -192,6 +195,8 @@ def load_generator(folder, name=None):
     else:
         controlnet = _load(folder / "controlnet", "ControlNetModel")
         denoiser = models.TextSegmentationGuided(unet, controlnet, made.get("strength", 1.0))
+    if decoder:
+        vae = _small_decoder(decoder, vae, folder)
     channels, side = 1 if vae is None else vae.config.latent_channels, made["latent_side"]
     return Generator(
         model,
@@ -204,6 +209,18 @@ def load_generator(folder, name=None):
         made.get("stretched", False),
         classes,
     )
+
+
+def _small_decoder(folder, vae, generator):
+    """The AutoencoderTiny in `folder`; DiffEchoError where it decodes other latents than `vae`."""
+    distilled = None if vae is None else load_autoencoder(needed(folder, "autoencoder"))
+    ours, theirs = (net and data.digest(net.state_dict().values()) for net in (vae, distilled))
+    if vae is None or ours != theirs:
+        raise DiffEchoError(
+            f"{folder}: decodes the latents of another autoencoder than that of {generator}; leave "
+            "--decoder out, or train a small-decoder for this one"
+        )
+    return _load(folder, "AutoencoderTiny")
 
 
 def _on_base(folder, made, name):

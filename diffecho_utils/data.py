@@ -283,7 +283,7 @@ def latent_views(vae, frames, views=1, seed=0, cache_dir=None, **amounts):
     Cached in `cache_dir` under the frames, the autoencoder's weights and the settings.
     """
     weights = vae.state_dict().values() if vae is not None else ()
-    content = _digest(weights), _digest([frames.images, frames.masks])
+    content = digest(weights), digest([frames.images, frames.masks])
     key = [_CACHE_VERSION, *content, views, seed, amounts]
 
     def make():
@@ -315,8 +315,9 @@ def prompt_table(frames, templates):
     return texts, torch.tensor([[index[text] for text in row] for row in rows])
 
 
-def _digest(tensors):
-    digest = hashlib.sha256()
+def digest(tensors):
+    """SHA-256 of tensors, in hexadecimal."""
+    content = hashlib.sha256()
     for tensor in tensors:
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+        content.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return content.hexdigest()

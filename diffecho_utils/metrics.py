@@ -74,9 +74,31 @@ def _power(images):
     return power, cycles[:, None], cycles[None]
 
 
-def high_frequency_deviation(images, pixels=5):
-    """Standard deviation of what a mean over `pixels` x `pixels` removes: (N,), speckle and noise."""
-    return (images - data.blurred(images, pixels)).std((1, 2, 3))
+def high_frequency_deviation(images, pixels=5, where=None):
+    """Standard deviation of what a mean over `pixels` x `pixels` removes: (N,), speckle and noise.
+
+    where: (N, H, W) bool, the pixels that count, for example `inside` label maps, since three fifths of
+    what is fine in a whole frame is the edge of its sector; None: all.
+    """
+    fine = (images - data.blurred(images, pixels))[:, 0]
+    if where is None:
+        return fine.std((1, 2))
+    return torch.stack([of_one[there].std() for of_one, there in zip(fine, where, strict=True)])
+
+
+def inside(masks, pixels=3):
+    """Pixels of any structure that lie `pixels` within its outer border: (N, H, W) labels -> bool."""
+    outside = (masks == 0).float()[:, None]
+    return F.max_pool2d(outside, 2 * pixels + 1, 1, pixels)[:, 0] == 0
+
+
+def speckle_spectrum(images, masks):
+    """Mean power spectrum of what is finer than about five pixels, `inside` label maps, in dB: (H/2 - 1,).
+
+    As `radial_spectrum`, of the pictures' fine detail with zeros outside.
+    """
+    fine = (images - data.blurred(images)) * inside(masks)[:, None]
+    return radial_spectrum(fine)
 
 
 def region_means(images, masks):

@@ -86,6 +86,21 @@ def build_autoencoder(profile):
     )
 
 
+def build_small_decoder(profile):
+    """AutoencoderTiny whose decoder takes the latents of `build_autoencoder`; its encoder is never trained."""
+    levels = len(profile.autoencoder_channels)
+    channels = (profile.small_decoder_channels,) * levels
+    return diffusers.AutoencoderTiny(
+        in_channels=1,
+        out_channels=1,
+        encoder_block_out_channels=channels,
+        decoder_block_out_channels=channels,
+        num_encoder_blocks=(1,) + (0,) * (levels - 1),
+        num_decoder_blocks=(3, 3, 1, 0)[-levels:],
+        latent_channels=profile.latent_channels,
+    )
+
+
 def autoencoder_factor(profile):
     """Pixels of the image side for one of the latent side."""
     return 2 ** (len(profile.autoencoder_channels) - 1)
@@ -97,11 +112,14 @@ def latent_shape(vae, side):
     return vae.config.latent_channels, side, side
 
 
-def build_discriminator(channels=(32, 64, 96)):
-    """Patch discriminator with spectral normalisation: (N, 2, H, W) -> (N, 1, H/8, W/8) logits."""
+def build_discriminator(inputs=2, channels=(32, 64, 96)):
+    """Patch discriminator with spectral normalisation: (N, inputs, H, W) -> (N, 1, H/8, W/8) logits.
+
+    A halving for each of `channels`.
+    """
     layers = []
-    for inputs, outputs in itertools.pairwise((2, *channels)):
-        layers += [spectral_norm(nn.Conv2d(inputs, outputs, 4, 2, 1)), nn.LeakyReLU(0.2)]
+    for before, after in itertools.pairwise((inputs, *channels)):
+        layers += [spectral_norm(nn.Conv2d(before, after, 4, 2, 1)), nn.LeakyReLU(0.2)]
     return nn.Sequential(*layers, spectral_norm(nn.Conv2d(channels[-1], 1, 3, 1, 1)))
 
 
@@ -317,12 +335,13 @@ def count_parameters(module):
 class Unconditional(nn.Module):
     """Four networks, one a class: `classes` (N,) says which; None: the only one there is.
 
-    unets: in the order of `camus.CLASSES`, None for a class that was not trained.
+    unets: in the order of `camus.CLASSES`, None for a class that was not trained. shared: the network of
+    all classes that the four began from; it answers where the class is -1, unknown: the null condition.
     """
 
-    def __init__(self, unets):
+    def __init__(self, unets, shared=None):
         super().__init__()
-        self.unets = nn.ModuleList(unets)
+        self.unets, self.shared = nn.ModuleList(unets), shared
 
     def forward(self, noisy, timesteps, classes=None):
         if classes is None:
@@ -330,7 +349,7 @@ class Unconditional(nn.Module):
         predicted = torch.empty_like(noisy)
         for index in classes.unique():
             rows = classes == index
-            unet = self.unets[int(index)]
+            unet = self.shared if index < 0 else self.unets[int(index)]
             predicted[rows] = unet(noisy[rows], timesteps[rows]).sample.to(noisy.dtype)
         return predicted
 
@@ -350,7 +369,7 @@ class TextSegmentationGuided(nn.Module):
     """ControlNet on the frozen text model: `masks` (N, H, W) label maps steer it, beside `text`.
 
     `strength` multiplies what the ControlNet adds; 1 is as trained. Stock pipelines call it
-    controlnet_conditioning_scale.
+    controlnet_conditioning_scale. Where `unlabelled` (N,) is true nothing is added: the text model alone.
     """
 
     def __init__(self, unet, controlnet, strength=1.0):
@@ -358,17 +377,23 @@ class TextSegmentationGuided(nn.Module):
         self.unet, self.controlnet = unet.requires_grad_(False), controlnet
         self.strength = strength
 
-    def forward(self, noisy, timesteps, text, masks):
+    def forward(self, noisy, timesteps, text, masks, unlabelled=None):
         hint, scale = control_image(masks), self.strength
+        if unlabelled is not None and unlabelled.all():
+            return self.unet(noisy, timesteps, text).sample
         added = self.controlnet(
             noisy, timesteps, text, controlnet_cond=hint, conditioning_scale=scale
         )
+        down, middle = added.down_block_res_samples, added.mid_block_res_sample
+        if unlabelled is not None:
+            labelled = ~unlabelled.view(-1, 1, 1, 1)
+            down, middle = [x * labelled for x in down], middle * labelled
         return self.unet(
             noisy,
             timesteps,
             text,
-            down_block_additional_residuals=added.down_block_res_samples,
-            mid_block_additional_residual=added.mid_block_res_sample,
+            down_block_additional_residuals=down,
+            mid_block_additional_residual=middle,
         ).sample
 
 
@@ -384,7 +409,7 @@ class SemanticDiffusion(nn.Module):
         self.unet = unet
 
     def forward(self, noisy, timesteps, masks, unlabelled=None):
-        shares = F.adaptive_avg_pool2d(_one_hot(masks), noisy.shape[-2:])
+        shares = label_shares(masks, noisy.shape[-2:])
         if unlabelled is not None:
             shares = shares * ~unlabelled.view(-1, 1, 1, 1)
         return self.unet(noisy, timesteps, seg=shares)
@@ -396,6 +421,11 @@ def control_image(masks):
     Raises DiffEchoError for labels that CAMUS does not have.
     """
     return _one_hot(masks)[:, 1:]
+
+
+def label_shares(masks, size):
+    """Which share of each latent pixel has which label: (N, H, W) -> (N, 4, *size)."""
+    return F.adaptive_avg_pool2d(_one_hot(masks), size)
 
 
 def _one_hot(masks):

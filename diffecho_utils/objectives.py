@@ -169,6 +169,77 @@ class DiffusionObjective(nn.Module):
         return errors.mean(), {}
 
 
+class ReflowObjective(nn.Module):
+    """One round of reflow (Liu et al. 2023): each noise to the picture that its teacher made of it, straight.
+
+    `latents` and their `noise` (`sampling.pairs`), both (N, C, h, w), with the label maps `masks` (N, H, W) that
+    they were drawn to. The straight line between the two, scaled to the variance that the network knows, is what
+    the schedule mixes of them; so all that differs from `DiffusionObjective` is that the noise is not drawn
+    any more. Half of the timesteps are the last one, where one step begins. The root of each image's mean
+    square counts, so that no image outweighs the others.
+
+    discriminator: with it the finish, against real `known` latents of frames with these very maps (as in
+    adversarial distillation, Sauer et al. 2024): what a mean square smooths away it asks back.
+    """
+
+    def __init__(self, denoiser, scheduler, discriminator=None, adversarial=0.05):
+        super().__init__()
+        self.network, self.scheduler, self.discriminator = denoiser, scheduler, discriminator
+        self.adversarial = adversarial
+        self.register_buffer("alpha_bar", scheduler.alphas_cumprod, persistent=False)
+
+    def draw(self, batch, generator):
+        n, steps = len(batch["latents"]), self.scheduler.config.num_train_timesteps
+        timesteps = torch.randint(steps, (n,), generator=generator)
+        last = torch.rand(n, generator=generator) < 0.5
+        return {"timesteps": timesteps.masked_fill(last, steps - 1)}
+
+    def forward(self, latents, noise, masks, timesteps, known=None):
+        noisy = self.scheduler.add_noise(latents, noise, timesteps)
+        target = self.scheduler.get_velocity(latents, noise, timesteps)
+        predicted = self.network(noisy, timesteps, masks=masks).float()
+        errors = F.mse_loss(predicted, target, reduction="none").mean((1, 2, 3))
+        parts = {"straight": (errors + 1e-6).sqrt().mean()}
+        if self.discriminator is not None:
+            alpha_bar = self.alpha_bar[timesteps].view(-1, 1, 1, 1)
+            drawn = alpha_bar.sqrt() * noisy - (1 - alpha_bar).sqrt() * predicted
+            shares = models.label_shares(masks, latents.shape[-2:])
+            fooled, losses = _against(self.discriminator, drawn, known, shares)
+            parts |= {"adversarial": self.adversarial * fooled, "discriminator": losses}
+        return sum(parts.values()), parts
+
+
+def _against(discriminator, drawn, known, *given):
+    """(loss of what was drawn, loss of the discriminator): hinge losses, each alone moving its own network."""
+    discriminator.requires_grad_(False)
+    fooled = -discriminator(torch.cat([drawn, *given], 1)).mean()
+    discriminator.requires_grad_(True)
+    caught = F.relu(1 + discriminator(torch.cat([drawn.detach(), *given], 1))).mean()
+    believed = F.relu(1 - discriminator(torch.cat([known, *given], 1))).mean()
+    return fooled, (caught + believed) / 2
+
+
+class DecoderObjective(nn.Module):
+    """A small decoder after a large one: `latents` (N, C, h, w) and the `images` that the large one makes of them.
+
+    Mean absolute error of the picture and, as much again, of what is finer than about five pixels.
+    """
+
+    def __init__(self, vae, fine=1.0):
+        super().__init__()
+        self.network, self.fine = vae, fine
+        vae.encoder.requires_grad_(False)
+
+    def draw(self, batch, generator):
+        return {}
+
+    def forward(self, latents, images):
+        drawn, images = self.network.decode(latents).sample, images.float() / 127.5 - 1
+        finer = (x - data.blurred(x) for x in (drawn, images))
+        parts = {"l1": F.l1_loss(drawn, images), "fine": self.fine * F.l1_loss(*finer)}
+        return sum(parts.values()), parts
+
+
 class SegmentationObjective(nn.Module):
     """Dice and cross-entropy loss (MONAI) of a segmenter on jittered frames.
 

@@ -46,6 +46,7 @@ class Profile:
     unconditional_channels: tuple[int, ...]  # of each of the four networks
     unet_channels: tuple[int, ...]  # of the text model, and so of its ControlNet
     sdm_channels: tuple[int, ...]
+    small_decoder_channels: int  # of every level
     clip_width: int
     clip_layers: int  # of each tower
     segmenter_channels: tuple[int, ...]
@@ -54,11 +55,17 @@ class Profile:
     reconstruction: Recipe  # the autoencoder's first stage
     texture: Recipe  # its second: the decoder against a discriminator
     clip: Recipe
+    shared: (
+        Recipe | None
+    )  # of one network of all classes, which the four begin with; None: from nothing
     unconditional: Recipe  # of each of the four networks
     text: Recipe
     lora: Recipe  # of a base's text model, instead of `text`
     text_seg: Recipe
     sdm: Recipe
+    reflow: Recipe  # the SDM's student: straight roads from noise to the teacher's pictures
+    speckle: Recipe  # and its adversarial finish
+    small_decoder: Recipe
     segmenter: Recipe
     classifier: Recipe
     live_steps: int  # training steps that a chapter runs while you read
@@ -71,7 +78,11 @@ class Profile:
 
 
 # Models that are trained in more than the one stage of their own name: the recipes, in order.
-STAGES = {"autoencoder": ("reconstruction", "texture")}
+STAGES = {
+    "autoencoder": ("reconstruction", "texture"),
+    "unconditional": ("shared", "unconditional"),
+    "sdm-student": ("reflow", "speckle"),
+}
 
 _MOMENT = Recipe(steps=4, batch=4, learning_rate=1e-3, warmup=1, save_every=2)
 _PAPER = Recipe(steps=120000, batch=4, learning_rate=1e-4, ema=0.9999, prediction="epsilon")
@@ -101,12 +112,13 @@ _TABLE = {
     ),
     "unconditional_channels": (
         (16, 32),
-        (32, 48, 64),
+        (32, 64, 64),
         (64, 128, 192),
         (64, 64, 128, 128, 256, 256),
     ),
     "unet_channels": ((16, 32), (64, 64, 96), (128, 256, 384), (320, 640, 1280, 1280)),
     "sdm_channels": ((16, 32), (48, 80, 80), (128, 192, 256), (256, 256, 512, 512)),
+    "small_decoder_channels": (8, 24, 32, 64),
     "segmenter_channels": (
         (4, 8, 8),
         (16, 32, 64, 128),
@@ -114,7 +126,7 @@ _TABLE = {
         (2, 4, 8, 16, 32, 64, 128, 256),
     ),
     "classifier_channels": (
-        (4, 8, 8, 8),
+        (8, 8, 8, 8),  # with 4, oneDNN's stride-2 1x1 convolution crashes on CPUs without AVX-512
         (16, 32, 64, 128),
         (32, 64, 128, 256),
         (64, 128, 256, 512),
@@ -136,6 +148,12 @@ _TABLE = {
         Recipe(steps=600, batch=64, learning_rate=5e-4, weight_decay=0.1, ema=0.99),
         Recipe(steps=3000, batch=256, learning_rate=5e-4, weight_decay=0.1, ema=0.99),
         Recipe(steps=20000, batch=256, learning_rate=1e-4, weight_decay=0.1),
+    ),
+    "shared": (
+        _MOMENT,
+        Recipe(steps=6000, batch=32, learning_rate=1e-3),
+        Recipe(steps=20000, batch=64, learning_rate=3e-4, ema=0.9995),
+        None,
     ),
     "unconditional": (
         _MOMENT,
@@ -162,6 +180,24 @@ _TABLE = {
         Recipe(steps=12000, batch=128, learning_rate=3e-4, ema=0.9995),
         _PAPER,
     ),
+    "reflow": (
+        _MOMENT,
+        Recipe(steps=3000, batch=32, learning_rate=3e-4, ema=0.995),
+        Recipe(steps=12000, batch=128, learning_rate=2e-4, ema=0.999),
+        replace(_PAPER, learning_rate=1e-5),
+    ),
+    "speckle": (
+        replace(_MOMENT, learning_rate=1e-4),
+        Recipe(steps=1500, batch=32, learning_rate=1e-4, ema=0.995, beta1=0.5),
+        Recipe(steps=4000, batch=128, learning_rate=5e-5, ema=0.999, beta1=0.5),
+        replace(_PAPER, learning_rate=1e-5, beta1=0.5),
+    ),
+    "small_decoder": (
+        _MOMENT,
+        Recipe(steps=5000, batch=16, learning_rate=2e-3, ema=0.995, bf16=False),
+        Recipe(steps=10000, batch=32, learning_rate=1e-3, bf16=False),
+        Recipe(steps=50000, batch=8, learning_rate=3e-4, bf16=False),
+    ),
     "segmenter": (
         _MOMENT,
         Recipe(steps=1000, batch=8, learning_rate=4e-3, ema=0.99, weight_decay=1e-4),
@@ -182,7 +218,8 @@ PROFILES = {column["name"]: Profile(**column) for column in _COLUMNS}
 def recipes(profile, model):
     """{stage: recipe} of the stages that `model` (`training.MODELS`) is trained in, in order."""
     stages = STAGES.get(model, (model.replace("-", "_"),))
-    return {stage: getattr(profile, stage) for stage in stages}
+    found = {stage: getattr(profile, stage) for stage in stages}
+    return {stage: recipe for stage, recipe in found.items() if recipe}
 
 
 def adapt(profile, model, *, steps=None, **changes):

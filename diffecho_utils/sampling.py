@@ -43,6 +43,7 @@ def sample(
     scheduler=None,
     batch=50,
     progress=None,
+    decoded=True,
     **conditions,
 ):
     """Draw one image for each seed: (N, 1, H, W) float32 in [-1, 1].
@@ -54,7 +55,8 @@ def sample(
     it to those timesteps, both included (Kynkaanniemi et al. 2024). `scheduler` is any diffusers
     scheduler built from the generator's configuration (one that puts noise in draws it from each
     image's own stream, if its `step` takes a generator); the default, DPM-Solver++, needs about 20
-    steps. `progress(done, total, "images")` is called after each batch. Raises DiffEchoError for
+    steps. `progress(done, total, "images")` is called after each batch. decoded: False leaves the latents
+    as they are, (N, C, h, w). Raises DiffEchoError for
     conditions that are missing, too many or of the wrong size, and for an empty interval.
     """
     low, high = check(generator, len(seeds), guidance, guidance_interval, conditions)
@@ -81,7 +83,7 @@ def sample(
                 unguided = generator.denoiser(inputs, times, **null)
                 prediction = unguided + guidance * (prediction - unguided)
             latents = scheduler.step(prediction, timestep, latents, **fresh).prev_sample
-        images.append(data.decode(generator.vae, latents))
+        images.append(data.decode(generator.vae, latents) if decoded else latents.cpu())
         if progress:
             progress(min(first + batch, len(seeds)), len(seeds), "images")
     return torch.cat(images)
@@ -101,9 +103,10 @@ def check(generator, n, guidance, interval, conditions):
     if untrained:
         names = [camus.CLASS_NAMES[index] for index in sorted(untrained)]
         raise DiffEchoError(f"the generator was trained without frames of {', '.join(names)}")
-    if guidance != 1 and model == "unconditional":
+    if guidance != 1 and model == "unconditional" and generator.denoiser.shared is None:
         raise DiffEchoError(
-            "the unconditional generator has no null condition; leave guidance at 1"
+            "this unconditional generator has no network of all classes, so no null condition; leave "
+            "guidance at 1, or train it with the stage `shared`"
         )
     sides = (generator.side, generator.side)
     if "masks" in conditions and tuple(conditions["masks"].shape[1:]) != sides:
@@ -134,6 +137,21 @@ def initial_noise(seeds, shape):
     return _noise(_streams(seeds), shape)
 
 
+def pairs(generator, seeds, steps, **how):
+    """What reflow learns from: the noise of each seed and the picture that the generator makes of it.
+
+    how: as `sample`'s. Returns {"latents", "noise"}, each (N, C, h, w). The noise is the one with which the
+    picture, mixed at the last timestep, gives what the solver began with: what DDIM would hold to be its noise.
+    """
+    latents = sample(generator, seeds, steps, decoded=False, **how)
+    begun = initial_noise(seeds, generator.latent_shape)
+    alpha_bar = generator.scheduler.alphas_cumprod[-1]
+    return {
+        "latents": latents,
+        "noise": (begun - alpha_bar**0.5 * latents) / (1 - alpha_bar) ** 0.5,
+    }
+
+
 def _streams(seeds):
     """A random generator for each seed: its first draw is the image's initial noise."""
     return [torch.Generator().manual_seed(int(seed)) for seed in seeds]
@@ -148,11 +166,11 @@ def _arguments(generator, device, conditions):
     given, null = {}, {}
     if "classes" in conditions:
         given["classes"] = torch.as_tensor(conditions["classes"], device=device)
+        null["classes"] = torch.full_like(given["classes"], -1)
     if "prompts" in conditions:
         texts = list(conditions["prompts"])
         given["text"], null["text"] = generator.text(texts), generator.text([""] * len(texts))
     if "masks" in conditions:
         given["masks"] = null["masks"] = torch.as_tensor(conditions["masks"]).to(device)
-        if "prompts" not in conditions:
-            null["unlabelled"] = torch.ones(len(given["masks"]), dtype=torch.bool, device=device)
+        null["unlabelled"] = torch.ones(len(given["masks"]), dtype=torch.bool, device=device)
     return given, null

@@ -18,6 +18,7 @@ import math
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -40,6 +41,7 @@ from diffecho_utils import (
     models,
     objectives,
     prompts,
+    sampling,
 )
 
 # Small movements only: how bright the samples are is one of the paper's claims, so gain stays as it
@@ -56,6 +58,8 @@ MODELS = {
     "text": ("autoencoder", "clip"),
     "text-seg": ("text",),
     "sdm": ("autoencoder",),
+    "sdm-student": ("autoencoder", "sdm"),
+    "small-decoder": ("autoencoder",),
     "segmenter": (),
     "classifier": (),
 }
@@ -242,6 +246,10 @@ def _stages(model, frames, profile, needs, at, lora, seed, cache_dir, settings, 
         return _unconditional(frames, profile, views, settings)
     if model == "sdm":
         return _sdm(profile, views, settings)
+    if model == "sdm-student":
+        return _student(profile, views, needs["sdm"], seed, cache_dir, settings, say)
+    if model == "small-decoder":
+        return _small_decoder(vae, profile, views, settings)
     return _text(model, frames, profile, views, needs, at, lora, settings, say)
 
 
@@ -279,12 +287,21 @@ def _judge(model, frames, profile, settings):
 
 
 def _unconditional(frames, profile, views, settings):
-    """One network a class, as in the paper; of the classes that there are frames of."""
+    """One network a class, as in the paper; of the classes that there are frames of.
+
+    Where the profile has a recipe `shared`, a network of all classes is trained first: the four begin with it.
+    """
     recipe = profile.unconditional
     scheduler = models.build_scheduler(recipe.prediction)
+    shared = None
+    if profile.shared:
+        shared = models.build_unconditional(profile)
+        objective = _diffusion(models.Unconditional([shared]), scheduler, recipe, settings)
+        tensors = {"latents": views["latents"]}
+        yield Stage("shared", objective, tensors, profile.shared, [("shared", shared)])
     classes = frames.classes.repeat(len(views["latents"]) // len(frames))
     for index, name in enumerate(camus.CLASS_NAMES):
-        unet = models.build_unconditional(profile)
+        unet = copy.deepcopy(shared) or models.build_unconditional(profile)
         if not (classes == index).any():
             continue
         objective = _diffusion(models.Unconditional([unet]), scheduler, recipe, settings)
@@ -296,6 +313,49 @@ def _sdm(profile, views, settings):
     unet, scheduler = models.build_sdm(profile), models.build_scheduler(profile.sdm.prediction)
     objective = _diffusion(models.SemanticDiffusion(unet), scheduler, profile.sdm, settings)
     yield Stage("sdm", objective, views, profile.sdm, [("unet", unet), ("scheduler", scheduler)])
+
+
+def _student(profile, views, teacher, seed, cache_dir, settings, say):
+    """The SDM once more, from its own weights, on one straight road for each of as many pairs as there are views."""
+    generator = checkpoints.load_generator(teacher).to(models.device())
+    network, scheduler = generator.denoiser, generator.scheduler
+    tensors = {"masks": views["masks"]} | _pairs(
+        teacher, generator, views["masks"], profile, seed, cache_dir, say
+    )
+    unet, side = network.unet, generator.latent_shape[-1]
+    parts = [("unet", unet), ("scheduler", scheduler)]
+    objective = objectives.ReflowObjective(network, scheduler)
+    yield Stage("reflow", objective, tensors, profile.reflow, parts)
+    channels = profile.latent_channels + len(camus.LABELS)
+    discriminator = models.build_discriminator(channels, (64, 96)[: side.bit_length() - 2])
+    objective = objectives.ReflowObjective(network, scheduler, discriminator, **settings)
+    yield Stage("speckle", objective, tensors | {"known": views["latents"]}, profile.speckle)
+
+
+def _pairs(teacher, generator, masks, profile, seed, cache_dir, say, at_once=800):
+    """A pair of `sampling.pairs` for each label map, kept in pieces, so that what was interrupted goes on."""
+    made = checkpoints.weights_digest(teacher)
+    steps, pieces = profile.sampling_steps // 2, masks.split(at_once)  # as good as all (chapter 07)
+    found = []
+    for i, part in enumerate(pieces):
+        seeds = torch.arange(len(part)) + (
+            2**31 + seed * len(masks) + i * at_once
+        )  # no drawn set's
+        how = {"guidance": generator.guidance, "masks": part}
+        key = [made, data.digest([part]), steps, generator.guidance, int(seeds[0])]
+        make = partial(sampling.pairs, generator, seeds.tolist(), steps, **how)
+        found.append(files.cached(cache_dir, "pairs", key, make))
+        say(f"pairs of noise and picture: {sum(len(x['noise']) for x in found)} of {len(masks)}")
+    return {name: torch.cat([piece[name] for piece in found]) for name in found[0]}
+
+
+def _small_decoder(vae, profile, views, settings):
+    """A decoder of a few per cent of the large one's cost, after that one's pictures."""
+    small = models.build_small_decoder(profile)
+    images = data.decode(vae, views["latents"])
+    tensors = {"latents": views["latents"], "images": ((images + 1) * 127.5).round().byte()}
+    objective = objectives.DecoderObjective(small, **settings)
+    yield Stage("small_decoder", objective, tensors, profile.small_decoder, [("", small)])
 
 
 def _text(model, frames, profile, views, needs, at, lora, settings, say):

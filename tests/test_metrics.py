@@ -150,6 +150,26 @@ def test_high_frequencies_are_what_a_blur_removes():
     assert metrics.high_frequency_deviation(ramp).max() < 0.02
 
 
+def test_fine_detail_counts_inside_the_label_maps_only():
+    """A bright edge outside changes what a whole frame has of it, and not what is inside."""
+    torch.manual_seed(0)
+    images, masks = 0.1 * torch.randn(2, 1, 64, 64), torch.zeros(2, 64, 64, dtype=torch.uint8)
+    masks[:, 20:50, 20:50] = 1
+    masks[:, 30:40, 30:40] = 3
+    inside = metrics.inside(masks, pixels=4)
+    assert inside[:, 24:46, 24:46].all() and inside.sum() == 2 * 22**2
+    edged = images.clone()
+    edged[..., 10] += 1
+    whole, part = (
+        [metrics.high_frequency_deviation(x, where=where) for x in (images, edged)]
+        for where in (None, inside)
+    )
+    assert (whole[1] > 1.2 * whole[0]).all() and torch.equal(*part)
+    torch.testing.assert_close(part[0], whole[0], rtol=0.1, atol=0)
+    (_, quiet), (_, loud) = (metrics.speckle_spectrum(x, masks) for x in (images, 2 * images))
+    np.testing.assert_allclose(loud - quiet, 20 * np.log10(2), atol=1e-3)
+
+
 def test_region_means_by_hand():
     masks = torch.tensor([[[0, 0, 1], [1, 2, 2]], [[0, 0, 0], [3, 3, 1]]], dtype=torch.uint8)
     images = torch.tensor([[[0.0, 1, 2], [4, -1, 0]], [[0, 3, 0], [1, 0, -1]]])[:, None]

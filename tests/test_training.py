@@ -21,6 +21,7 @@ from diffecho_utils import (
     files,
     models,
     objectives,
+    profiles,
     sampling,
     synthetic,
     training,
@@ -286,7 +287,7 @@ def test_every_model_trains_and_says_how(trained, frames):
         assert facts["processes"] == 1 and facts["side"] == 64
         assert set(facts["needs"]) == set(training.MODELS[model])
         assert all(rows[-1]["step"] == 4 for rows in facts["log"].values())
-    assert set(made["unconditional"]["recipes"]) == set(camus.CLASS_NAMES)
+    assert set(made["unconditional"]["recipes"]) == {"shared", *camus.CLASS_NAMES}
     one, four = (checkpoints.training_curve(made["sdm"] | {"processes": n}, "sdm") for n in (1, 4))
     assert (four["images"] == 4 * one["images"]).all()
 
@@ -298,12 +299,103 @@ def test_every_generator_samples_what_it_is_told(trained, frames, model):
     table, masks = synthetic.plan(model, 1, frames)
     given = {"classes": range(4), "prompts": table["prompt"].tolist(), "masks": masks}
     given = {name: given[name] for name in sampling.CONDITIONS[model]}
-    guidance = 1 if model == "unconditional" else 2
-    images = sampling.sample(generator, range(4), 3, guidance=guidance, **given)
+    images = sampling.sample(generator, range(4), 3, guidance=2, **given)
     alone = {name: values[2:3] for name, values in given.items()}
-    alone = sampling.sample(generator, [2], 3, guidance=guidance, **alone)
+    alone = sampling.sample(generator, [2], 3, guidance=2, **alone)
     assert images.shape == (4, 1, 64, 64)
     torch.testing.assert_close(images[2:3], alone, atol=1e-4, rtol=0)
+
+
+def test_the_null_condition_is_the_shared_network_and_the_text_model_without_its_controlnet(
+    trained,
+):
+    noisy, times = torch.randn(2, 4, 8, 8), torch.full((2,), 500)
+    four, text, both = (
+        checkpoints.load_generator(trained[name]).denoiser
+        for name in ("unconditional", "text", "text-seg")
+    )
+    unknown = four(noisy, times, classes=torch.full((2,), -1))
+    assert torch.equal(unknown, four.shared(noisy, times).sample)
+    assert not torch.equal(unknown, four(noisy, times, classes=torch.zeros(2, dtype=int)))
+    words, masks = torch.randn(2, 48, 32), torch.ones(2, 64, 64, dtype=torch.uint8)
+    alone = text(noisy, times, text=words)
+    unlabelled = torch.tensor([True, False])
+    for rows in (unlabelled, ~unlabelled):
+        mixed = both(noisy, times, text=words, masks=masks, unlabelled=rows)
+        torch.testing.assert_close(mixed[rows], alone[rows])
+        assert not torch.allclose(mixed[~rows], alone[~rows])
+
+
+def test_a_network_of_all_classes_comes_first_where_the_profile_has_one(
+    smoke, frames, trained, tmp_path
+):
+    needs = {"autoencoder": trained["autoencoder"]}
+    alone = replace(smoke, shared=None)
+    assert set(profiles.recipes(alone, "unconditional")) == {"unconditional"}
+    training.train("unconditional", frames, alone, tmp_path / "four", needs=needs, say=str)
+    generator = checkpoints.load_generator(tmp_path / "four")
+    with pytest.raises(DiffEchoError, match="no network of all classes"):
+        sampling.sample(generator, [0], 2, guidance=1.5, classes=[0])
+    weights = checkpoints.weights_digest(tmp_path / "four")
+    assert weights != checkpoints.weights_digest(trained["unconditional"])
+
+
+def test_pairs_are_what_one_exact_step_of_ddim_joins(trained, frames):
+    """With the noise that `pairs` gives, the true velocity at the last timestep leads to the picture."""
+    sdm = checkpoints.load_generator(trained["sdm"])
+    seeds, masks = range(3), frames.masks[:3]
+    pairs = sampling.pairs(sdm, seeds, 2, guidance=1.5, masks=masks)
+    shown = sampling.sample(sdm, seeds, 2, guidance=1.5, masks=masks)
+    torch.testing.assert_close(data.decode(sdm.vae, pairs["latents"]), shown)
+    last = torch.full((3,), sdm.scheduler.config.num_train_timesteps - 1)
+    begun = sdm.scheduler.add_noise(pairs["latents"], pairs["noise"], last)
+    torch.testing.assert_close(begun, sampling.initial_noise(seeds, sdm.latent_shape))
+
+    class Straight(torch.nn.Module):
+        def forward(self, noisy, timesteps, masks):
+            return sdm.scheduler.get_velocity(pairs["latents"], pairs["noise"], timesteps)
+
+    ideal = replace(sdm, denoiser=Straight().eval())
+    ideal.denoiser.register_parameter("nothing", torch.nn.Parameter(torch.zeros(())))
+    for steps in (1, 2, 4):
+        drawn = sampling.sample(ideal, seeds, steps, masks=masks, decoded=False)
+        torch.testing.assert_close(drawn, pairs["latents"], atol=1e-3, rtol=0)
+
+
+def test_reflow_learns_what_the_teacher_makes_of_each_noise(smoke, trained, frames):
+    """Its loss falls to where one step lands nearer to the teacher's picture than the teacher's own step."""
+    sdm = checkpoints.load_generator(trained["sdm"])
+    masks = frames.masks[:4]
+    pairs = sampling.pairs(sdm, range(4), 8, masks=masks)
+    before = sampling.sample(sdm, range(4), 1, masks=masks, decoded=False)
+    objective = objectives.ReflowObjective(sdm.denoiser.requires_grad_(True), sdm.scheduler)
+    recipe = replace(smoke.reflow, steps=60, learning_rate=3e-3, ema=0.9)
+    log = training.fit(objective, pairs | {"masks": masks}, recipe, None, say=str)
+    after = sampling.sample(sdm, range(4), 1, masks=masks, decoded=False)
+    gaps = [(x - pairs["latents"]).square().mean() for x in (before, after)]
+    assert gaps[1] < 0.7 * gaps[0] and log["loss"].iloc[-1] < log["loss"].iloc[0]
+
+
+def test_a_student_is_drawn_as_its_teacher_and_with_the_small_decoder(trained, frames, tmp_path):
+    student = checkpoints.load_generator(trained["sdm-student"])
+    small = checkpoints.load_generator(trained["sdm-student"], decoder=trained["small-decoder"])
+    masks = frames.masks[:2]
+    images, others = (sampling.sample(g, [1, 2], 1, masks=masks) for g in (student, small))
+    assert student.model == "sdm" and images.shape == others.shape and small.side == student.side
+    assert not torch.equal(images, others)
+    foreign = shutil.copytree(trained["autoencoder"], tmp_path / "autoencoder")
+    weights = load_file(foreign / checkpoints.WEIGHTS)
+    save_file({k: v + 1 for k, v in weights.items()}, foreign / checkpoints.WEIGHTS)
+    training.train(
+        "sdm",
+        frames,
+        profiles.get("smoke"),
+        tmp_path / "sdm",
+        needs={"autoencoder": foreign},
+        say=str,
+    )
+    with pytest.raises(DiffEchoError, match="latents of another autoencoder.*--decoder"):
+        checkpoints.load_generator(tmp_path / "sdm", decoder=trained["small-decoder"])
 
 
 def test_text_model_stays_frozen_under_its_controlnet(trained):
