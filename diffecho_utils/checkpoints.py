@@ -55,6 +55,9 @@ class Generator:
     guidance: float = 1.0  # the scale that its training.json recommends
     stretched: bool = False  # whether its frames were stretched to the square, or padded
     classes: tuple[int, ...] = tuple(range(len(camus.CLASSES)))  # indices of what it can draw
+    null: str = (
+        "words"  # what its null condition lacks: the words alone, as stock pipelines do, or "all"
+    )
 
     @property
     def side(self):
@@ -208,6 +211,7 @@ def load_generator(folder, name=None, decoder=None):
         made.get("guidance", 1.0),
         made.get("stretched", False),
         classes,
+        made.get("null", Generator.null),
     )
 
 

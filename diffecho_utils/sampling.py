@@ -172,5 +172,6 @@ def _arguments(generator, device, conditions):
         given["text"], null["text"] = generator.text(texts), generator.text([""] * len(texts))
     if "masks" in conditions:
         given["masks"] = null["masks"] = torch.as_tensor(conditions["masks"]).to(device)
-        null["unlabelled"] = torch.ones(len(given["masks"]), dtype=torch.bool, device=device)
+        if "prompts" not in conditions or generator.null == "all":
+            null["unlabelled"] = torch.ones(len(given["masks"]), dtype=torch.bool, device=device)
     return given, null

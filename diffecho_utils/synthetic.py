@@ -339,6 +339,7 @@ def read_settings(folder):
 def digest(generator):
     """Sixteen hexadecimal digits that change with any weight of the generator, and with its dials."""
     dials = [dict(generator.scheduler.config), getattr(generator.denoiser, "strength", 1.0)]
+    dials += [generator.null] if generator.null != "words" else []
     content = hashlib.sha256(json.dumps(dials, sort_keys=True, default=str).encode())
     for network in (generator.denoiser, generator.vae, generator.text and generator.text.model):
         for tensor in network.state_dict().values() if network is not None else ():

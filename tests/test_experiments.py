@@ -114,6 +114,23 @@ def test_an_experiment_from_end_to_end(run, tmp_path, monkeypatch):
     assert dials["1.0"]["dice"].keys() == model["1.0"]["dice"].keys()
 
 
+def test_few_steps_of_the_student_beside_the_teachers(run, tmp_path, monkeypatch):
+    """Its record at the size of moments has what the shipped one has, and tells blur from speckle."""
+    experiment = importlib.import_module("few_steps")
+    brief = {name: (steps[-1:], small) for name, (steps, small) in experiment.ROWS.items()}
+    monkeypatch.setattr(experiment, "ROWS", brief)
+    monkeypatch.setattr(experiment, "SEEDS", (1000,))
+    assert run("few_steps", "--frames", 8) == 0
+    record = results.load(tmp_path / "out" / "few_steps.json")["values"]
+    shipped = results.load(assets.record("camus", "cpu", "few_steps"))["values"]
+    assert record["real"].keys() == shipped["real"].keys()
+    assert set(record["drawn"]) == {f"{name}, 1" for name in brief} < set(shipped["drawn"])
+    for name, row in record["drawn"].items():
+        assert row.keys() == shipped["drawn"][name].keys()
+    blurred, sharp = (record["drawn"][f"{name}, 1"]["detail"][0] for name in ("SDM", "student"))
+    assert blurred < 0.7 * sharp
+
+
 @pytest.mark.parametrize(
     ("name", "words", "told"),
     [

@@ -92,7 +92,6 @@ def test_conditions_that_do_not_fit_are_named(generator, sdm, frames):
     for model, settings, said in (
         (generator, {"classes": [0, 1]}, "2 classes for 1 seeds"),
         (generator, {"masks": frames.masks[:1]}, r"is told \['classes'\], given \['masks'\]"),
-        (generator, {"classes": [0], "guidance": 2}, "no null condition; leave guidance at 1"),
         (sdm, {"masks": frames.masks[:1, ::2, ::2]}, r"label maps of \(32, 32\) pixels"),
     ):
         with pytest.raises(DiffEchoError, match=said):
@@ -199,7 +198,6 @@ def test_a_set_belongs_to_its_settings_and_weights(generator, tmp_path):
             write(model, folder, 2, steps, **changes)
     for wrong, said in (
         ({"solver": "Heun"}, "no solver 'Heun'; choose one of DDPM, DDIM"),
-        ({"guidance": 2.0}, "leave guidance at 1"),
         ({"guidance_interval": (9, 3)}, "give the lower timestep first"),
     ):
         with pytest.raises(DiffEchoError, match=said):
