@@ -159,21 +159,25 @@ def _of_patients(table, patients):
     return np.stack([table[:, owner == p].sum(1) for p in range(len(names))], 1)
 
 
-def steps_saved(ours, theirs, question=None):
+def steps_saved(pairs, question=None):
     """Share of their steps that runs save to 99 % of the lower arm's mean last score: (value, low, high).
 
-    In pairs of one seed (`intervals.ratio`); a run that does not get there counts with all its steps.
-    Patients are not drawn, since a curve is a mean over all of them. question: as in `steps_to`. Raises
-    DiffEchoError if the arms have not the same seeds.
+    pairs: (ours, theirs) of each network, each with a target of its own; runs of one seed are compared
+    (`intervals.ratio`), and a run that does not get there counts with all its steps. Patients are not
+    drawn, since a curve is a mean over all of them. question: as in `steps_to`. Raises DiffEchoError if
+    the arms of a pair have not the same seeds.
     """
-    arms = [sorted(arm, key=lambda run: run["seed"]) for arm in (ours, theirs)]
-    seeds = [[run["seed"] for run in arm] for arm in arms]
-    if seeds[0] != seeds[1]:
-        raise DiffEchoError(
-            f"steps of runs with seeds {seeds[0]} and {seeds[1]}; run both with the same"
-        )
-    target = 0.99 * min(np.mean([_curve(run, question)[1][-1] for run in arm]) for arm in arms)
-    steps = [[min(steps_to(run, target, question), run["steps"]) for run in arm] for arm in arms]
+    steps = [], []
+    for pair in pairs:
+        arms = [sorted(arm, key=lambda run: run["seed"]) for arm in pair]
+        seeds = [[run["seed"] for run in arm] for arm in arms]
+        if seeds[0] != seeds[1]:
+            raise DiffEchoError(
+                f"runs with seeds {seeds[0]} and {seeds[1]}; run both with the same"
+            )
+        target = 0.99 * min(np.mean([_curve(run, question)[1][-1] for run in arm]) for arm in arms)
+        for mine, arm in zip(steps, arms, strict=True):
+            mine += [min(steps_to(run, target, question), run["steps"]) for run in arm]
     value, low, high = intervals.ratio(*steps)
     return 1 - value, 1 - high, 1 - low
 

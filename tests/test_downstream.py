@@ -215,10 +215,10 @@ def test_steps_saved_are_of_pairs():
         | {"curve": [[10 * f, *[0.4] * 3], [20 * f, *[0.8] * 3]], "steps": 60}
         for s, f in enumerate(np.array([1, 1.5, 3]) * factor)
     ]
-    value, low, high = runs.steps_saved(runs_of(0.5), runs_of(1))
+    value, low, high = runs.steps_saved([(runs_of(0.5), runs_of(1))])
     assert (value, low, high) == pytest.approx((0.5, 0.5, 0.5))  # slow seeds are slow in both
     with pytest.raises(DiffEchoError, match="run both with the same"):
-        runs.steps_saved(runs_of(0.5)[:2], runs_of(1))
+        runs.steps_saved([(runs_of(0.5)[:2], runs_of(1))])
 
 
 def test_steps_to_a_threshold_are_read_between_the_points():
