@@ -21,6 +21,7 @@ from scipy import stats
 from diffecho_utils import DiffEchoError, camus, intervals, results, runs
 
 VERDICTS = ("holds", "the opposite", "does not hold", "cannot tell", "not measured")
+TASKS = ("segmentation", "classification", "pretrained")
 NETWORKS = ("resnet18", "efficientnet-b0")
 FIELDS = {"says", "row", "unit", "margin", "visible", "evidence"}  # and, of some, control
 EVIDENCE = ("direct", "stand-in", "none")
@@ -159,13 +160,15 @@ def together(lines, level=0.05):
     return stays
 
 
-def evidence(records):
-    """{part: `Found`, or in words why there is nothing yet} of a folder of records."""
+def kept_runs(records):
+    """{task: its runs} of a folder of records, none where there is no zip of them."""
+    paths = {task: Path(records) / f"{task}.zip" for task in TASKS}
+    return {task: runs.read(path)[0] if path.is_file() else [] for task, path in paths.items()}
+
+
+def evidence(records, kept):
+    """{part: `Found`, or in words why there is nothing yet} of a folder of records and its `kept_runs`."""
     records, found = Path(records), {}
-    kept = {}
-    for task in ("segmentation", "classification"):
-        path = records / f"{task}.zip"
-        kept[task] = runs.read(path)[0] if path.is_file() else []
     measures = {
         "1a": lambda: _of_long(kept, _dice),
         "1b": lambda: _of_long(kept, lambda *arms: 100 * np.array(runs.steps_saved([arms]))),
@@ -284,6 +287,14 @@ def worst_class(records, encoder="classifier", named="2CH-ES"):
     return Found(tuple(effect.tolist()), n, record)
 
 
+def _flips(records):
+    """Mirrored images of two trainings, of the same seeds, in pairs."""
+    trained = _record(records, "ablation_flips")["values"]["trained"]
+    ways = [f"trained on, {way} flips" for way in ("with", "without")]
+    on, off = (np.array(trained[way]["side_scores"]) < 0 for way in ways)
+    return 100 * np.array(intervals.mean(on.astype(float) - off, range(len(on))))
+
+
 def _phases(records):
     record = _record(records, "04_text_guided")
     pairs = record["values"]["phases"]["generated"]
@@ -328,10 +339,9 @@ def failures(atrium):
     return np.select([cavity > 0.5, ventricle > 0.25, outside > 0.5], ["a", "b", "c"], "")
 
 
-def looks(records):
+def looks(records, kept):
     """Other ways of asking than the primary rows: a table of claim, look, unit, value, low, high."""
     records, rows = Path(records), []
-    kept = {t: runs.read(records / f"{t}.zip")[0] for t in ("segmentation", "classification")}
 
     def add(claim, look, unit, measure):
         try:
@@ -359,6 +369,19 @@ def looks(records):
     for model in ("unconditional", "text", "text-seg", "sdm"):
         one = of("classification", lambda *pair: _phase([pair]), f"real + {model}", "real")
         add("1", f"phase, small network, {model}", "% of frames", one)
+    for net, arms in (
+        *((f"{net}, stopped early", f"{{}}, {net}") for net in NETWORKS),
+        ("EfficientNet-Lite0 with ImageNet's weights", "{}, all"),
+    ):
+        names = [arms.format(words) for words in ("real + text-seg", "real")]
+        task = "pretrained" if "ImageNet" in net else "classification"
+        add("1", f"phase, {net}", "% of frames", of(task, lambda *pair: _phase([pair]), *names))
+    add(
+        "2",
+        "mirrored 4CH-ES: trained with flips minus without",
+        "% of images",
+        lambda: _flips(records),
+    )
     for encoder in ("autoencoder", "clip"):
         add("3", f"2CH-ES by {encoder}", "floors", lambda e=encoder: worst_class(records, e).effect)
     add("4", "muscle minus blood", "% of real", lambda: contrast(records, "step").effect)

@@ -7,8 +7,6 @@ truth of a distance is what is expected of that number of rows: its mean over th
 the name is read. Half an hour on one core.
 """
 
-from functools import partial
-
 import numpy as np
 from safetensors.numpy import load_file
 from world import kept
@@ -58,7 +56,7 @@ def rows(world, experiments=1000):
         named[f"distance, 50 images, {encoder}"] = settings
     settings = {"kind": "distance", "encoder": "classifier"}
     named["distance, 50 images as good as real, classifier"] = settings | {"patients": 50, "far": 0}
-    named["distance, 50 patients x 4 frames, classifier"] = settings | {"patients": 50, "each": 4}
+    named["distance, 25 patients x 4 frames, classifier"] = settings | {"patients": 25, "each": 4}
     named["difference of distances, 50 maps, classifier"] = settings | {"patients": 50, "two": True}
     return {row: of | {"experiments": experiments} for row, of in named.items()}
 
@@ -200,13 +198,18 @@ def known(encoder):
     return features.mean(0), np.sqrt(np.maximum(values, 0))[:, None] * vectors.T
 
 
-def frechet(x, mean, root):
-    """`metrics.frechet_distance` to a Gaussian, by the smaller of two eigenvalue problems: quicker."""
-    rest = (x - x.mean(0)) / np.sqrt(len(x) - 1)
-    both = rest @ root.T
-    both = both @ both.T if len(x) < len(root) else both.T @ both
-    overlap = np.sqrt(np.maximum(np.linalg.eigvalsh(both), 0)).sum()
-    return ((x.mean(0) - mean) ** 2).sum() + (rest**2).sum() + (root**2).sum() - 2 * overlap
+def to_known(x, mean, root):
+    """rows -> `metrics.frechet_distance` of x[rows] to a Gaussian, by the smaller of two eigenvalue problems."""
+    seen, spread = x @ root.T, (root**2).sum()
+
+    def frechet(rows):
+        mine, both = x[rows], seen[rows] - seen[rows].mean(0)
+        both = both @ both.T if len(both) < len(root) else both.T @ both
+        overlap = np.sqrt(np.maximum(np.linalg.eigvalsh(both / (len(mine) - 1)), 0)).sum()
+        apart = ((mine.mean(0) - mean) ** 2).sum()
+        return apart + mine.var(0, ddof=1).sum() + spread - 2 * overlap
+
+    return frechet
 
 
 def distance(encoder, patients, each=1, far=0.3, two=False):
@@ -219,7 +222,6 @@ def distance(encoder, patients, each=1, far=0.3, two=False):
     owners, scale = np.repeat(np.arange(patients), each), 0.8 if far else 1.0
     aside = np.random.default_rng(1).normal(size=len(root)) @ root
     aside *= far * np.linalg.norm(root) / np.linalg.norm(aside)
-    to_known = partial(frechet, mean=mean, root=root)
 
     def trial(rng):
         def normal(count):
@@ -231,9 +233,9 @@ def distance(encoder, patients, each=1, far=0.3, two=False):
         else:
             x = mean + aside + common + normal(len(owners)) / 2**0.5
         if not two:
-            return intervals.distance(lambda rows: to_known(x[rows]), owners)
+            return intervals.distance(to_known(x, mean, root), owners)
         y = mean + aside / 2 + common + normal(len(owners)) / 2**0.5
-        both = lambda rows: to_known(x[rows]) - to_known(y[rows])  # noqa: E731
-        return intervals.distance(both, owners, positive=False)
+        first, second = (to_known(z, mean, root) for z in (x, y))
+        return intervals.distance(lambda r: first(r) - second(r), owners, positive=False)
 
     return trial, None

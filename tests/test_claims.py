@@ -112,11 +112,13 @@ def test_the_protocol_is_read_and_checked(tmp_path):
 
 def test_nothing_is_invented_where_no_runs_are(tmp_path):
     rows = claims.read(assets.shipped("protocol.yaml"))[1]
-    lines = claims.judged(rows, claims.evidence(tmp_path))
+    lines = claims.judged(rows, claims.evidence(tmp_path, claims.kept_runs(tmp_path)))
     assert {line["verdict"] for line in lines.values()} == {"not measured"}
     assert all(
         line["why"].startswith("runs not made yet") for part, line in lines.items() if part != "5c"
     )
+    looks = claims.looks(tmp_path, claims.kept_runs(tmp_path))
+    assert looks["value"].isna().all() and looks["look"].str.endswith("not made yet").all()
 
 
 def test_failures_are_told_apart_in_order():

@@ -96,9 +96,8 @@ def test_the_simulations_own_distance_is_the_package_s(coverage):
     mean, root = coverage.known("classifier")
     x = mean + np.random.default_rng(4).normal(size=(60, len(root))) @ root
     target = metrics.Gaussian(mean, root)
-    assert coverage.frechet(x, mean, root) == pytest.approx(
-        metrics.frechet_distance(x, target), abs=1e-4
-    )
+    found = coverage.to_known(x, mean, root)(np.arange(60))
+    assert found == pytest.approx(metrics.frechet_distance(x, target), abs=1e-4)
 
 
 @pytest.mark.parametrize("row", ["difference, 3 runs, Dice", "ratio of steps, 5 pairs of runs"])
