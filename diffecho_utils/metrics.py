@@ -17,7 +17,7 @@ from torchmetrics.functional.image import (
 )
 from torchmetrics.image.fid import NoTrainInceptionV3
 
-from diffecho_utils import DiffEchoError, assets, camus, checkpoints, data, models
+from diffecho_utils import DiffEchoError, assets, camus, checkpoints, data, intervals, models
 
 _SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # Wang et al. 2003
 
@@ -334,47 +334,6 @@ def check_images(images, least=1, names=None):
             )
 
 
-def bootstrap_interval(statistic, groups, repeats=200, runs=(), centred=True):
-    """95 % interval of a statistic, a number or an array, over resampled patients: (low, high).
-
-    groups: (N,) the patient of each row; whole patients are drawn with replacement, because the frames
-    of one are not independent, and `statistic(rows)` is asked of theirs. runs: sizes of sets of runs, of
-    which as many are drawn as well: `statistic(rows, ours, theirs)` is given their indices, too.
-    centred: moved so that the resamples' mean falls on the statistic of all, since a resample repeats
-    rows, which raises a statistic with a small-sample bias, such as the Frechet distance (for that
-    one the interval is rather too wide); otherwise plain percentiles.
-    """
-    rng = np.random.default_rng(0)
-    _, member = np.unique(np.asarray(groups), return_inverse=True)
-    rows_of = [np.flatnonzero(member == i) for i in range(member.max() + 1)]
-    values = []
-    for _ in range(repeats):
-        drawn_runs = [rng.integers(n, size=n) for n in runs]
-        drawn = rng.integers(len(rows_of), size=len(rows_of))
-        values.append(statistic(np.concatenate([rows_of[i] for i in drawn]), *drawn_runs))
-    ends = np.quantile(values, [(1 - 0.95) / 2, (1 + 0.95) / 2], axis=0)
-    if centred:
-        ends += statistic(np.arange(len(member)), *map(np.arange, runs)) - np.mean(values, axis=0)
-    return tuple(ends.tolist())
-
-
-def mean_interval(values, groups, repeats=200):
-    """(mean, low, high) of values (N,), NaN left out: `bootstrap_interval` over their groups."""
-    values, groups = np.asarray(values, dtype=float), np.asarray(groups)
-    there = np.isfinite(values)
-    values, groups = values[there], groups[there]
-    ends = bootstrap_interval(lambda rows: values[rows].mean(), groups, repeats)
-    return float(values.mean()), *ends
-
-
-def share_interval(hits):
-    """(share, low, high) of independent hits (N,) bool: Wilson's 95 % interval."""
-    n, share, z = len(hits), float(np.mean(hits)), 1.96
-    centre = share + z**2 / (2 * n)
-    width = z * np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
-    return share, *((centre + np.array([-width, width])) / (1 + z**2 / n)).tolist()
-
-
 def by_class(*classes):
     """One class after the other and, last, all: (name, rows of the first set, rows of the second, ...).
 
@@ -391,8 +350,8 @@ def panel(images, classes, reference, reference_classes, held_out, held_out_clas
 
     Each argument pair is (features, class index): of the generated images, of the training frames (the
     reference) and of held-out real frames, whose patients are given. Returns a DataFrame indexed by
-    class ("all" last): n, distance (Frechet), low, high (95 % bootstrap, over patients for real frames)
-    and at_infinity, then the same of the held-out frames as floor_n, floor, floor_low, ...; the bias of
+    class ("all" last): n, distance (Frechet), low, high (`intervals.distance`, over patients for real
+    frames) and at_infinity, then the same of the held-out frames as floor_n, floor, floor_low, ...; the bias of
     small samples cancels only where n and floor_n agree. Then what a Frechet distance cannot see, of the
     held-out frames as <name>_floor: kernel (`kernel_distance`); precision, recall, density, coverage
     (`manifold_scores`, NaN where a class has no more than `k` images); nearest, the 5th percentile of
@@ -417,14 +376,9 @@ def panel(images, classes, reference, reference_classes, held_out, held_out_clas
 
 
 def _distances(x, target, groups):
-    low, high = bootstrap_interval(lambda rows: frechet_distance(x[rows], target), groups)
-    return {
-        "n": len(x),
-        "distance": frechet_distance(x, target),
-        "low": low,
-        "high": high,
-        "at_infinity": frechet_at_infinity(x, target),
-    }
+    found = intervals.distance(lambda rows: frechet_distance(x[rows], target), groups)
+    measured = dict(zip(("distance", "low", "high"), found, strict=True))
+    return {"n": len(x)} | measured | {"at_infinity": frechet_at_infinity(x, target)}
 
 
 def _scores(x, known, k):

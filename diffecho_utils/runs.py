@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from diffecho_utils import DiffEchoError, downstream, metrics, results
+from diffecho_utils import DiffEchoError, downstream, intervals, results
 
 
 def read(source):
@@ -93,48 +93,64 @@ def told_apart(interval):
     return "better" if low > 0 else "worse" if high < 0 else "not told apart"
 
 
-def paired_difference(ours, theirs, score="dice", repeats=1000):
+def paired_difference(ours, theirs, score="dice"):
     """Mean of `ours` minus that of `theirs`, for each structure: (3, 3) value, low, high.
 
-    ours, theirs: runs on the same test frames. 95 % bootstrap interval: in each repeat patients are
-    drawn, the same for both, and of both the runs. Raises DiffEchoError if the test frames differ.
+    ours, theirs: runs on the same test frames; score: of each frame (F, structures), NaN left out. The
+    interval (`intervals.crossed`) is over patients and runs; where both arms have the same seeds, whose
+    runs begin with the same weights, the runs are taken in pairs. Raises DiffEchoError if the test frames
+    differ.
     """
-    tables = []
-    for runs in (ours, theirs):
-        values = np.array([run[score] for run in runs], dtype=float)  # (runs, frames, structures)
+
+    def count(run):
+        values = np.array(run[score], dtype=float)
         known = np.isfinite(values)
-        tables.append(np.stack([np.where(known, values, 0), known], -1))
+        return np.stack([np.where(known, values, 0), known], -1)
 
-    def mean(table):
-        sums, counts = np.moveaxis(table.sum((0, 1)), -1, 0)
-        return sums / counts
-
-    return np.column_stack(_difference(ours, theirs, tables, mean, repeats))
+    return np.column_stack(_difference([(ours, theirs)], count, lambda x: x[..., 0] / x[..., 1]))
 
 
-def classification_difference(ours, theirs, question="class", score="accuracy", repeats=1000):
+def classification_difference(ours, theirs, question="class", score="accuracy"):
     """As `paired_difference`, of an "accuracy" or a macro "f1": (value, low, high)."""
-    tables = [[_answers(run, question) for run in runs] for runs in (ours, theirs)]
-
-    def mean(table):
-        return _scored(table.sum(1), score).mean()
-
-    return _difference(ours, theirs, map(np.stack, tables), mean, repeats)
+    return stratified_difference([(ours, theirs)], question, score)
 
 
-def _difference(ours, theirs, tables, mean, repeats):
-    """(value, low, high) of mean(our table) - mean(their table), each (runs, frames, ...)."""
-    frames = {tuple(zip(run["patient"], run["class"], strict=True)) for run in [*ours, *theirs]}
-    if len(frames) != 1:
+def stratified_difference(pairs, question="class", score="accuracy"):
+    """The mean over networks of `classification_difference`; pairs: (ours, theirs) of each network.
+
+    The networks are these and no others: only patients and runs are drawn.
+    """
+    return _difference(pairs, lambda run: _answers(run, question), lambda x: _scored(x, score))
+
+
+def _difference(pairs, count, score):
+    """(value, low, high) of score(ours) - score(theirs), mean over pairs of arms."""
+    every = [run for pair in pairs for arm in pair for run in arm]
+    if len({tuple(zip(run["patient"], run["class"], strict=True)) for run in every}) != 1:
         raise DiffEchoError("these runs were scored on different frames; compare like with like")
-    first, second = (_of_patients(table, ours[0]["patient"]) for table in tables)
+    tables, weights, share = [], [], 1 / len(pairs)
+    for pair in pairs:
+        arms = [sorted(arm, key=lambda run: run["seed"]) for arm in pair]
+        seeds = [[run["seed"] for run in arm] for arm in arms]
+        first, second = (_table(arm, count, score) for arm in arms)
+        same = seeds[0] == seeds[1]
+        tables += [first - second] if same else [first, second]
+        weights += [share] if same else [share, -share]
+    return intervals.crossed(tables, weights)
 
-    def gap(patients, our_runs, their_runs):
-        return mean(first[our_runs][:, patients]) - mean(second[their_runs][:, patients])
 
-    everything, sizes = slice(None), (len(ours), len(theirs))
-    ends = metrics.bootstrap_interval(gap, range(first.shape[1]), repeats, sizes, centred=False)
-    return gap(everything, everything, everything).tolist(), *ends
+def _table(arm, count, score):
+    """What each patient adds to each run's score: (runs, patients, ...), whose mean is the score.
+
+    By leaving patients out one at a time; `count` makes of a run an array (F, ...), `score` of its sums
+    over frames a score.
+    """
+    sums = _of_patients(np.stack([count(run) for run in arm]), arm[0]["patient"])
+    whole, patients = sums.sum(1, keepdims=True), sums.shape[1]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        without = score(whole - sums)
+        beyond = (patients - 1) * (without.mean(1, keepdims=True) - without)
+        return score(whole) + (beyond if patients > 1 else 0)
 
 
 def _of_patients(table, patients):
@@ -143,20 +159,47 @@ def _of_patients(table, patients):
     return np.stack([table[:, owner == p].sum(1) for p in range(len(names))], 1)
 
 
+def steps_saved(pairs, question=None):
+    """Share of their steps that runs save to 99 % of the lower arm's mean last score: (value, low, high).
+
+    pairs: (ours, theirs) of each network, each with a target of its own; runs of one seed are compared
+    (`intervals.ratio`), and a run that does not get there counts with all its steps. Patients are not
+    drawn, since a curve is a mean over all of them. question: as in `steps_to`. Raises DiffEchoError if
+    the arms of a pair have not the same seeds.
+    """
+    steps = [], []
+    for pair in pairs:
+        arms = [sorted(arm, key=lambda run: run["seed"]) for arm in pair]
+        seeds = [[run["seed"] for run in arm] for arm in arms]
+        if seeds[0] != seeds[1]:
+            raise DiffEchoError(
+                f"runs with seeds {seeds[0]} and {seeds[1]}; run both with the same"
+            )
+        target = 0.99 * min(np.mean([_curve(run, question)[1][-1] for run in arm]) for arm in arms)
+        for mine, arm in zip(steps, arms, strict=True):
+            mine += [min(steps_to(run, target, question), run["steps"]) for run in arm]
+    value, low, high = intervals.ratio(*steps)
+    return 1 - value, 1 - high, 1 - low
+
+
 def steps_to(run, threshold, question=None):
     """First step of a run's curve that reaches `threshold`, between its points by a line; or inf.
 
     Of segmentation the mean Dice, of classification the accuracy of a question.
     """
-    curve = np.array(run["curve"])
-    steps, scores = curve[:, 0], curve[:, 1:].mean(1)
-    if question is not None:
-        scores = curve[:, 1 + downstream.QUESTIONS.index(question)]
+    steps, scores = _curve(run, question)
     above = np.flatnonzero(scores >= threshold)
     if not len(above):
         return np.inf
     around = slice(max(above[0] - 1, 0), above[0] + 1)
     return float(np.interp(threshold, scores[around], steps[around]))
+
+
+def _curve(run, question):
+    curve = np.array(run["curve"])
+    if question is None:
+        return curve[:, 0], curve[:, 1:].mean(1)
+    return curve[:, 0], curve[:, 1 + downstream.QUESTIONS.index(question)]
 
 
 def classification_confusion(run, question="class"):

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from torch.nn import functional as F
-from world import QUIET, interval
+from world import QUIET
 
 from diffecho_utils import (
     assets,
@@ -23,6 +23,7 @@ from diffecho_utils import (
     checkpoints,
     data,
     downstream,
+    intervals,
     models,
     objectives,
     profiles,
@@ -122,7 +123,7 @@ def worded(world, template, minutes=None, learning_rate=None):
     classes, found = camus.class_index(table), {}
     for part, of in (("view", lambda c: c // 2), ("phase", lambda c: c % 2)):
         hits = of(answers) == of(np.asarray(classes))
-        found[part] = interval(lambda r, hits=hits: hits[r].mean(), range(IMAGES))
+        found[part] = intervals.share(hits)
     return {"recognised": found, "recipe": recipe}
 
 

@@ -10,9 +10,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from world import by_structure, dice_of, interval, patients, phantom_folder
+from world import by_structure, dice_of, patients, phantom_folder
 
-from diffecho_utils import DiffEchoError, camus, checkpoints, data, files, metrics, results
+from diffecho_utils import (
+    DiffEchoError,
+    camus,
+    checkpoints,
+    data,
+    files,
+    intervals,
+    metrics,
+    results,
+)
 
 SEEDS, SPLIT, USES = [], "validation", ("segmenter",)
 
@@ -42,23 +51,21 @@ def compute(world, folder=None):
         vae = checkpoints.load_autoencoder(folder)
         images, picture = (data.decode(vae, data.encode(vae, x)) for x in (images, picture))
         for name, score in {"psnr": metrics.psnr, "ms_ssim": metrics.ms_ssim}.items():
-            found[name] = metrics.mean_interval(score(images, real.images).numpy(), owners)
+            found[name] = intervals.mean(score(images, real.images).numpy(), owners)
     dice, on_real = (dice_of(segmenter, x, real) for x in (images, real.images))
     spectra = [metrics.radial_spectrum(x)[1] for x in (images, real.images)]
     powers = [metrics.power_by_direction(x).mean(0) for x in (images, real.images)]
     directions = [10 * np.log10(power / power.mean()) for power in powers]
     found |= {
-        "fine_detail": metrics.mean_interval(
-            metrics.high_frequency_deviation(images).numpy(), owners
-        ),
+        "fine_detail": intervals.mean(metrics.high_frequency_deviation(images).numpy(), owners),
         # Root mean square differences of the mean spectra, radial and by direction
         "spectrum_db": np.sqrt(np.mean((spectra[0] - spectra[1]) ** 2)),
         "direction_db": np.sqrt(np.mean((directions[0] - directions[1]) ** 2)),
-        "dice": by_structure(
-            np.transpose([metrics.mean_interval(scores, owners) for scores in dice.T])
-        ),
+        "dice": by_structure(np.transpose([intervals.mean(scores, owners) for scores in dice.T])),
         # Mean Dice as a share of that on the real frames
-        "dice_kept": interval(lambda r: np.nanmean(dice[r]) / np.nanmean(on_real[r]), owners),
+        "dice_kept": intervals.bootstrap(
+            lambda r: np.nanmean(dice[r]) / np.nanmean(on_real[r]), owners
+        ),
     }
     pixels = (127.5 * (picture + 1)).round().byte().numpy()
     return {"row": found, "picture": pixels, "patients": len(set(owners)), "frames": len(real)}

@@ -17,6 +17,7 @@ from diffecho_utils import (
     checkpoints,
     data,
     downstream,
+    intervals,
     metrics,
     models,
     prompts,
@@ -42,10 +43,10 @@ def compute(world, steps):
     drawn = draw(generator, unseen, seeds, world.profile.sampling_steps, guidance=1.0)
     dice = {}
     for name, images in (("given", unseen.images), ("reconstructed", again), ("drawn", drawn)):
-        scores = [metrics.mean_interval(of, owners) for of in dice_of(judge, images, unseen).T]
+        scores = [intervals.mean(of, owners) for of in dice_of(judge, images, unseen).T]
         dice[name] = by_structure(np.transpose(scores))
     counts = {"frames": len(unseen), "patients": len(set(owners))}
-    psnr = metrics.mean_interval(metrics.psnr(again, unseen.images).numpy(), owners)
+    psnr = intervals.mean(metrics.psnr(again, unseen.images).numpy(), owners)
     return counts | {"psnr": psnr, "dice": dice, "retrieved": retrieved(clip, unseen)}
 
 

@@ -12,7 +12,7 @@ import time
 
 import numpy as np
 import torch
-from world import by_structure, dice_of, draw, gathered, interval, patients
+from world import by_structure, dice_of, draw, gathered, patients
 
 from diffecho_utils import (
     anatomy,
@@ -22,6 +22,7 @@ from diffecho_utils import (
     data,
     downstream,
     files,
+    intervals,
     metrics,
     models,
     results,
@@ -102,7 +103,9 @@ def closeness(world, images, groups=None):
     away = metrics.nearest(world.see["latents"](images), world.seen("latents", "training"))
     found = {"5 %": np.quantile(away, 0.05), "50 %": np.median(away)}
     if groups is not None:
-        found["5 % interval"] = interval(lambda rows: np.quantile(away[rows], 0.05), groups)[1:]
+        found["5 % interval"] = intervals.bootstrap(
+            lambda rows: np.quantile(away[rows], 0.05), groups
+        )[1:]
     return found
 
 

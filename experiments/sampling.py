@@ -12,9 +12,18 @@ import time
 import numpy as np
 import torch
 from safetensors import safe_open
-from world import dice_of, draw, interval, kept, patients
+from world import dice_of, draw, kept, patients
 
-from diffecho_utils import DiffEchoError, assets, camus, checkpoints, downstream, metrics, synthetic
+from diffecho_utils import (
+    DiffEchoError,
+    assets,
+    camus,
+    checkpoints,
+    downstream,
+    intervals,
+    metrics,
+    synthetic,
+)
 
 KNOWN = assets.features("camus", "cpu", "03_features")
 SEEDS, SPLIT = [1000], "validation"  # of the first image; frame i has the same noise in every row
@@ -92,7 +101,7 @@ def reference():
 
 def distance(found, owners):
     """(Frechet distance, low, high), patients drawn."""
-    return interval(lambda rows: metrics.frechet_distance(found[rows], reference()), owners, 50)
+    return intervals.distance(lambda r: metrics.frechet_distance(found[r], reference()), owners)
 
 
 def diversity(found, asked):
@@ -108,7 +117,7 @@ def judged(world, images, asked):
     dice = np.nanmean(dice_of(segmenter, images, asked), 1)
     hits = downstream.classify(classifier, images).argmax(1) == asked.classes
     measured = {"dice": dice, "recognised": hits.numpy().astype(float)}
-    return {name: metrics.mean_interval(v, patients(asked), 50) for name, v in measured.items()}
+    return {name: intervals.mean(v, patients(asked)) for name, v in measured.items()}
 
 
 def collect(world, found):

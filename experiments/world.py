@@ -1,4 +1,4 @@
-"""What experiments share: a folder's frames, the shipped networks that look at them, drawing, intervals."""
+"""What experiments share: a folder's frames, the shipped networks that look at them, drawing."""
 
 import hashlib
 import json
@@ -146,12 +146,6 @@ def dice_of(segmenter, images, frames):
 def by_structure(values):
     """{structure: value} of one value, or a column of values, each."""
     return dict(zip(downstream.STRUCTURES, np.asarray(values).T, strict=True))
-
-
-def interval(statistic, groups, repeats=200):
-    """(value, low, high) of statistic(rows): 95 % bootstrap interval over groups."""
-    value = statistic(np.arange(len(groups)))
-    return float(value), *metrics.bootstrap_interval(statistic, groups, repeats=repeats)
 
 
 def gathered(runs):

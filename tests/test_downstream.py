@@ -5,6 +5,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from scipy import stats as scipy_stats
 from sklearn import metrics as sklearn_metrics
 from torchmetrics.functional.segmentation import hausdorff_distance
 
@@ -128,6 +129,7 @@ def run_of(dice, patients, arm="real", seed=0):
         "task": "segmentation",
         "arm": arm,
         "seed": seed,
+        "steps": 30,
         "patient": patients,
         "class": [0] * len(dice),
         "dice": [[d] * 3 for d in dice],
@@ -137,11 +139,13 @@ def run_of(dice, patients, arm="real", seed=0):
     }
 
 
-def answers_of(probabilities, patients, classes):
+def answers_of(probabilities, patients, classes, seed=0):
     """A classification run with these answers."""
     return {
         "task": "classification",
         "arm": "real",
+        "seed": seed,
+        "steps": 30,
         "patient": patients,
         "class": classes,
         "probabilities": probabilities,
@@ -153,7 +157,8 @@ def answers_of(probabilities, patients, classes):
 def test_summary_is_over_runs_and_differences_are_paired():
     patients = ["a", "a", "b", "b"]
     real = [run_of([0.5, 0.6, 0.7, 0.8], patients, seed=s) for s in range(2)]
-    more = [run_of(np.array([0.5, 0.6, 0.7, 0.8]) + 0.1, patients, "more") for _ in range(2)]
+    mixed = np.array([0.5, 0.6, 0.7, 0.8]) + 0.1
+    more = [run_of(mixed, patients, "more", seed=s) for s in range(2)]
     table = runs.summary(real + more)
     assert table.loc["real", "Dice, LA"] == pytest.approx(0.65) and table.loc["more", "runs"] == 2
     assert table.loc["real", "Dice, LA_sd"] == 0 and table.loc["real", "ef_error"] == 5
@@ -164,6 +169,56 @@ def test_summary_is_over_runs_and_differences_are_paired():
     np.testing.assert_allclose(runs.paired_difference(lost, real)[:, 0], 0.8 - 0.65)
     with pytest.raises(DiffEchoError, match="different frames"):
         runs.paired_difference(more, [run_of([0.5], ["a"])])
+
+
+def many_runs(shift, seeds, shared, seed=0):
+    """Runs whose weights' luck, by seed, is `shared` (dict) and as large as the patients' differences."""
+    rng = np.random.default_rng(seed)
+    owners = [f"p{i // 2}" for i in range(40)]
+    dice = 0.5 + 0.05 * np.repeat(np.random.default_rng(9).normal(size=20), 2)
+    return [
+        run_of(dice + shift + shared[s] + 0.01 * rng.normal(size=40), owners, seed=s) for s in seeds
+    ]
+
+
+def test_runs_are_paired_by_their_seeds():
+    luck = {s: 0.1 * (-1) ** s for s in range(8)}
+    real, more = (many_runs(shift, range(4), luck, i) for i, shift in enumerate((0, 0.05)))
+    others = many_runs(0.05, range(4, 8), luck, 1)
+    paired, apart = (runs.paired_difference(arm, real)[0] for arm in (more, others))
+    assert paired[0] == pytest.approx(0.05, abs=0.01) and paired[1] > 0.03
+    assert np.ptp(apart[1:]) > 5 * np.ptp(paired[1:])
+    backwards = runs.paired_difference(more[::-1], real)[0]
+    np.testing.assert_allclose(backwards, paired)
+
+
+def test_networks_are_strata():
+    """That one network is far better than another is no doubt about the difference of the arms."""
+    patients, classes = [f"p{i}" for i in range(40)], [i % 4 for i in range(40)]
+    rng, pairs = np.random.default_rng(3), []
+    for skill in (0.2, 0.9):
+        arms = []
+        for _ in range(2):
+            right = rng.random((3, 40)) < skill
+            said = [np.eye(4)[np.where(r, classes, (np.array(classes) + 1) % 4)] for r in right]
+            arms.append([answers_of(x.tolist(), patients, classes, s) for s, x in enumerate(said)])
+        pairs.append(arms)
+    found = runs.stratified_difference(pairs)
+    each = [runs.classification_difference(*pair) for pair in pairs]
+    assert found[0] == pytest.approx(np.mean([value for value, _, _ in each]))
+    assert np.ptp(found[1:]) < 0.5
+
+
+def test_steps_saved_are_of_pairs():
+    runs_of = lambda factor: [  # noqa: E731
+        run_of([0.5], ["a"], seed=s)
+        | {"curve": [[10 * f, *[0.4] * 3], [20 * f, *[0.8] * 3]], "steps": 60}
+        for s, f in enumerate(np.array([1, 1.5, 3]) * factor)
+    ]
+    value, low, high = runs.steps_saved([(runs_of(0.5), runs_of(1))])
+    assert (value, low, high) == pytest.approx((0.5, 0.5, 0.5))  # slow seeds are slow in both
+    with pytest.raises(DiffEchoError, match="run both with the same"):
+        runs.steps_saved([(runs_of(0.5)[:2], runs_of(1))])
 
 
 def test_steps_to_a_threshold_are_read_between_the_points():
@@ -309,10 +364,11 @@ def test_confusion_and_difference_of_classifiers_by_hand():
     phase = runs.classification_confusion(both[0], "phase").sum(0)
     np.testing.assert_array_equal(phase, [[2, 0], [1, 1]])
     pair = [both[0]], [both[1]]
-    value, low, high = runs.classification_difference(*pair, repeats=200)
-    assert value == 0.25 and low == 0 and high == 0.5  # patient b alone, and a alone
-    assert runs.classification_difference(*pair, "view", repeats=1)[0] == 0.5
-    f1, low, high = runs.classification_difference(*pair, score="f1", repeats=200)
+    value, low, high = runs.classification_difference(*pair)
+    assert value == 0.25 and (low + high) / 2 == pytest.approx(0.25)  # patient b 0, a 0.5
+    assert high - value == pytest.approx(scipy_stats.t.ppf(0.975, 1) * 0.25)
+    assert runs.classification_difference(*pair, "view")[0] == 0.5
+    f1, low, high = runs.classification_difference(*pair, score="f1")
     gap = both[0]["scores"]["class"]["f1"] - both[1]["scores"]["class"]["f1"]
     assert f1 == pytest.approx(gap, abs=1e-6) and low <= f1 <= high
     with pytest.raises(DiffEchoError, match="different frames"):

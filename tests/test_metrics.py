@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
-from scipy.stats import binomtest
 from sklearn.metrics.pairwise import polynomial_kernel
 from torchmetrics.image.fid import FrechetInceptionDistance
 
@@ -73,50 +72,6 @@ def test_extrapolation_removes_most_of_the_bias():
     a, b = rng.normal(size=(300, 40)), rng.normal(size=(4000, 40))
     biased = metrics.frechet_distance(a, b)
     assert abs(metrics.frechet_at_infinity(a, b)) < 0.25 * biased
-
-
-def test_bootstrap_resamples_whole_patients():
-    groups = np.repeat(np.arange(20), 5)
-    values = np.repeat(np.random.default_rng(0).normal(size=20), 5)
-    by_patient = metrics.bootstrap_interval(lambda r: values[r].mean(), groups)
-    by_frame = metrics.bootstrap_interval(lambda r: values[r].mean(), np.arange(100))
-    assert by_patient[0] < values.mean() < by_patient[1]
-    assert np.ptp(by_patient) > 1.6 * np.ptp(by_frame)
-    gaps = [*values, np.nan]
-    assert metrics.mean_interval(gaps, [*groups, 7]) == (values.mean(), *by_patient)
-
-
-def test_bootstrap_of_an_array_over_runs_too():
-    table = np.random.default_rng(1).normal(size=(4, 30, 2))  # runs, patients, scores
-
-    def mean(rows, runs):
-        return table[runs][:, rows].mean((0, 1))
-
-    plain = metrics.bootstrap_interval(mean, range(30), 500, [4], centred=False)
-    centred = metrics.bootstrap_interval(mean, range(30), 500, [4])
-    assert np.shape(plain) == np.shape(centred) == (2, 2)
-    np.testing.assert_allclose(np.diff(plain, axis=0), np.diff(centred, axis=0))
-    fixed = metrics.bootstrap_interval(lambda r: mean(r, slice(None)), range(30), 500)
-    assert (np.diff(centred, axis=0) > np.diff(fixed, axis=0)).all()  # runs differ, too
-
-
-def test_interval_of_a_share_is_wilsons():
-    hits = np.arange(40) < 3
-    low, high = binomtest(3, 40).proportion_ci(method="wilson")
-    assert metrics.share_interval(hits) == pytest.approx((3 / 40, low, high), rel=1e-4)
-
-
-def test_interval_of_a_biased_statistic_is_around_its_estimate_and_not_too_narrow():
-    rng = np.random.default_rng(3)
-    b = rng.normal(size=(2000, 30))
-    draws = [metrics.frechet_distance(rng.normal(size=(40, 30)), b) for _ in range(100)]
-    a = rng.normal(size=(40, 30))
-    low, high = metrics.bootstrap_interval(
-        lambda rows: metrics.frechet_distance(a[rows], b), np.arange(40)
-    )
-    assert low < metrics.frechet_distance(a, b) < high
-    assert low < np.mean(draws) < high
-    assert 1 < (high - low) / (4 * np.std(draws)) < 5
 
 
 def test_psnr_and_ms_ssim_by_hand(frames):

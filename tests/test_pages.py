@@ -191,6 +191,37 @@ def test_narrow_screen_has_no_sideways_scroll(browser, site, visits):
     assert not {name: pixels for name, pixels in wide.items() if pixels > 1}
 
 
+FITS = """() => {
+    document.querySelectorAll('details').forEach(details => { details.open = true });
+    const hint = box => getComputedStyle(box).backgroundImage.includes('gradient');
+    const wide = box => box.scrollWidth > box.clientWidth + 2;
+    return [...document.querySelectorAll('.bd-article pre, .bd-article table')]
+        .filter(cell => cell.offsetHeight > 0 && cell.offsetWidth > 0)
+        .map(cell => {
+            const boxes = [cell, cell.parentElement, cell.parentElement.parentElement];
+            const scrolls = boxes.filter(box => wide(box)
+                && ['auto', 'scroll', 'hidden'].includes(getComputedStyle(box).overflowX));
+            return {name: cell.innerText.slice(0, 40), cut: scrolls.length > 0,
+                    told: scrolls.every(hint), code: cell.tagName === 'PRE'};
+        })}"""
+
+
+def test_no_table_or_code_is_cut_off_without_a_hint(browser, site, visits):
+    seen, wrong = 0, []
+    for width in (1280, 390):
+        with browser.new_context(viewport={"width": width, "height": 900}) as context:
+            for name in visits:
+                with context.new_page() as page:
+                    page.goto(site + name)
+                    cells = page.evaluate(FITS)
+                seen += len(cells)
+                for cell in cells:
+                    allowed = width == 390 and cell["told"] and not cell["code"]
+                    if cell["cut"] and not allowed:
+                        wrong.append((width, name, cell["name"]))
+    assert seen > 500 and not wrong, wrong
+
+
 def test_pages_are_printed_into_one_file(browser, built, tmp_path):
     names = ["book/intro", "notebooks/11_claims"]
     with ThreadPoolExecutor(1) as apart:  # from the browser of the other tests

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import nbformat
 
-from diffecho_utils import DiffEchoError, files, results
+from diffecho_utils import DiffEchoError, claims, files, results
 
 FOLDED = {"solution": "solution", "check": "check of your answer"}  # tag of a cell: in words
 
@@ -59,6 +59,15 @@ def write_status(timings, names, path):
     lines += ["", f"All chapters one after the other: {total}. Versions: "]
     lines += [", ".join(f"{name} {number}" for name, number in versions) + ".", ""]
     _update(path, "\n".join(lines).encode())
+
+
+def write_claims(record, path):
+    """The verdicts that chapter 11 has recorded, for the start page."""
+    values = record["values"]
+    told = f"The protocol is of {values['protocol']}; † measured with generators made before."
+    _update(
+        path, f"{claims.table(values['claims'])}\n\n{told} {results.describe(record)}.\n".encode()
+    )
 
 
 def _duration(seconds):
