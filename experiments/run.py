@@ -39,7 +39,9 @@ from world import World
 
 from diffecho_utils import DiffEchoError, assets, files, profiles, results
 
-RECORDS = "checkpoints strength autoencoders generators sampling ablations segmentation "
+RECORDS = (
+    "checkpoints strength autoencoders generators memorisation sampling ablations segmentation "
+)
 RECORDS += "classification pretrained phantom_realism phantom_ablation gallery paper_scale"
 SPEEDS = "phantom_speed training_speed recipes trainings"  # tables that are only printed
 opened = functools.cache(World)

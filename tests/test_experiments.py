@@ -114,6 +114,27 @@ def test_an_experiment_from_end_to_end(run, tmp_path, monkeypatch):
     assert dials["1.0"]["dice"].keys() == model["1.0"]["dice"].keys()
 
 
+def test_memorisation_finds_what_was_planted(run, tmp_path, monkeypatch):
+    memorisation = importlib.import_module("memorisation")
+    monkeypatch.setattr(memorisation, "SEEDS", (1000,))
+    monkeypatch.setattr(memorisation, "STARTS", (300,))
+    monkeypatch.setattr(memorisation, "LEARNED", 2)
+    assert run("memorisation", "--profile", "smoke") == 0
+    found = results.load(tmp_path / "out" / "memorisation.json")["values"]
+    for planted in (
+        found["real"]["noise 0.05"],
+        *(found[m]["begun"]["300"] for m in models.GENERATORS),
+    ):
+        assert planted["share"][0] == 1 and planted["n"] >= 20
+    assert found["real"]["held out"]["suspects"] <= 1
+    for model in models.GENERATORS:
+        of = found[model]
+        assert of["drawn"]["n"] == len(of["drawn"]["ratios"])
+        low, high = of["membership"]["auc"]["by class"][1:]
+        assert 0 <= low <= high <= 1
+        assert ("training maps" in of) == (model in ("text-seg", "sdm"))
+
+
 @pytest.mark.parametrize(
     ("name", "words", "told"),
     [

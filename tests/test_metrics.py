@@ -165,6 +165,39 @@ def test_nearest_by_hand():
     assert metrics.nearest(a.view(2, 1, 2, 1), b.view(3, 1, 2, 1)) == pytest.approx([2 / 2**0.5, 0])
 
 
+def test_planted_copies_are_found_and_nothing_else():
+    """Also copies of frames far from all others, which a distance alone would let pass."""
+    rng = np.random.default_rng(0)
+    spread = np.linspace(0.3, 2, 400)[:, None]  # crowded at first, then sparse
+    known, others = (
+        spread[rows] * rng.normal(size=(len(rows), 64)) for rows in (range(400), range(1, 400, 2))
+    )
+    copies = known[::10] + 0.4 * spread[::10] * rng.normal(size=(40, 64))
+    ratios = {
+        name: metrics.copied(x, known)[1] for name, x in (("copies", copies), ("others", others))
+    }
+    limit = np.quantile(metrics.copied(spread * rng.normal(size=(400, 64)), known)[1], 0.01)
+    assert (ratios["copies"] < limit).all() and (ratios["others"] < limit).mean() < 0.05
+    away, ratio, index = metrics.copied(copies, known)
+    assert index.tolist() == [*range(0, 400, 10)] and away == pytest.approx(
+        metrics.nearest(copies, known)
+    )
+    assert away[-1] > np.median(metrics.nearest(others[:40], known))  # told by the ratio alone
+    apart = np.sort(np.linalg.norm(copies[3] - known, axis=1))
+    assert ratio[3] == pytest.approx(apart[0] / apart[1:51].mean())
+
+
+def test_copies_of_ones_own_do_not_count():
+    x = np.array([[0.0], [0.1], [3.0], [7.0]])
+    away, ratio, index = metrics.copied(x, x, k=1, owners=([0, 0, 1, 2],) * 2)
+    assert index.tolist() == [2, 2, 1, 2] and away == pytest.approx([3, 2.9, 2.9, 4])
+    assert ratio == pytest.approx([3 / 7, 2.9 / 6.9, 2.9 / 3, 4 / 6.9])
+    with pytest.raises(
+        DiffEchoError, match="4 known frames: the next 3 after the nearest need more"
+    ):
+        metrics.copied(x, x, k=3, owners=([0, 0, 1, 2],) * 2)
+
+
 def test_kernel_distance_agrees_with_scikit_learn():
     """By the formula without the diagonals, which has no bias."""
     rng = np.random.default_rng(5)
