@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
-from scipy.stats import binomtest
+from scipy.stats import binomtest, skew
 from sklearn.metrics.pairwise import polynomial_kernel
 from torchmetrics.image.fid import FrechetInceptionDistance
 
@@ -73,6 +73,41 @@ def test_extrapolation_removes_most_of_the_bias():
     a, b = rng.normal(size=(300, 40)), rng.normal(size=(4000, 40))
     biased = metrics.frechet_distance(a, b)
     assert abs(metrics.frechet_at_infinity(a, b)) < 0.25 * biased
+
+
+def test_extrapolation_keeps_the_shares_of_classes():
+    """Without, what random shares add looks like bias, and is taken away: equal sets come out below zero."""
+    rng = np.random.default_rng(3)
+    classes = np.repeat(range(4), 25)
+    centres = 10 * np.eye(4)[classes]
+    found = []
+    for seed in range(20):
+        a = centres + rng.normal(size=(100, 4))
+        b = np.tile(centres, (40, 1)) + rng.normal(size=(4000, 4))
+        found.append([metrics.frechet_at_infinity(a, b, kinds, seed) for kinds in (None, classes)])
+    plain, kept = np.mean(found, 0)
+    assert plain < kept - 0.1 and abs(kept) < 0.1
+
+
+def test_balanced_draws_have_equal_classes():
+    rng = np.random.default_rng(0)
+    classes = rng.permutation(np.repeat(range(3), [5, 9, 7]))
+    drawn = [metrics.balanced(classes, 12, rng) for _ in range(2)]
+    assert all(np.bincount(classes[rows]).tolist() == [4] * 3 for rows in drawn)
+    assert len(set(drawn[0])) == 12 and set(drawn[0]) != set(drawn[1])
+    for n in (10, 18):
+        with pytest.raises(DiffEchoError, match="take a multiple of 3, at most 15"):
+            metrics.balanced(classes, n, rng)
+
+
+def test_kernel_distance_of_equal_sets_is_skewed_about_zero():
+    rng = np.random.default_rng(1)
+    known = rng.normal(size=(500, 8))
+    found = np.array([metrics.kernel_distance(rng.normal(size=(50, 8)), known) for _ in range(300)])
+    assert (
+        abs(found.mean()) < 3 * found.std() / 300**0.5 + found.std() / 3
+    )  # the reference is one draw
+    assert (found < found.mean()).mean() > 0.52 and skew(found) > 0.3
 
 
 def test_bootstrap_resamples_whole_patients():
