@@ -6,8 +6,11 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 
 from diffecho_utils import assets, camus, checkpoints, models, results, training
 
@@ -112,6 +115,26 @@ def test_an_experiment_from_end_to_end(run, tmp_path, monkeypatch):
     assert record["values"]["frames"] == 4 and record["values"]["chosen"]["sdm"] in (1.0, 3.0)
     assert dials["1.0"].keys() == dials["3.0"].keys() == model["1.0"].keys()
     assert dials["1.0"]["dice"].keys() == model["1.0"]["dice"].keys()
+
+
+def test_distances_by_number_have_the_slope_of_their_generator(monkeypatch):
+    """Of two sets with the mean and spread of the training frames, by the theory of covariances."""
+    rng, classes = np.random.default_rng(0), torch.arange(200) % 4
+    known, sets = rng.normal(size=(20000, 10)), rng.normal(size=(20, 200, 10))
+    world = SimpleNamespace(
+        see={"as it is": lambda images: images},
+        seen=lambda encoder, split: known,
+        frames=lambda split: SimpleNamespace(classes=classes),
+    )
+    monkeypatch.syspath_prepend(CHECKOUT / "experiments")
+    by_number = importlib.import_module("generators").by_number
+    found = [by_number(world, "as it is", x) for x in sets]
+    assert list(found[0]) == ["40", "80", "120", "160", "200"]
+    slope, start = np.polyfit(
+        1 / np.arange(40, 201, 40), np.mean([[*f.values()] for f in found], 0), 1
+    )
+    # mean: D / N; covariance: a quarter of its squared error, D (D + 1) / 4N
+    assert slope == pytest.approx(10 + 110 / 4, rel=0.15) and abs(start) < 0.05
 
 
 def test_memorisation_finds_what_was_planted(run, tmp_path, monkeypatch):
