@@ -205,6 +205,26 @@ def nearest(a, b):
     return (torch.cdist(a, b).min(1).values / a.shape[1] ** 0.5).numpy()
 
 
+def copied(images, known, k=50, owners=None):
+    """How near images come to single frames of `known`: (distance, ratio, index), each (N,).
+
+    Of features (N, D), (M, D); for copies whose grain differs `latent_features` at half the latents' side.
+    distance: from the nearest frame, root mean square; ratio: that over the mean of the next `k`, small
+    where one frame is meant and not the whole crowd (Carlini et al. 2023); index: of the nearest. Those
+    with ratios that one held-out frame in a hundred has are suspects. owners: of both, the patients;
+    pairs of one patient do not count.
+    """
+    a, b = _two_sets(images, known, 1, "nearest frames")
+    apart = cdist(a, b) / a.shape[1] ** 0.5
+    if owners is not None:
+        apart[np.equal.outer(*map(np.asarray, owners))] = np.inf
+    if not np.isfinite(apart).sum(1).min() > k:
+        raise DiffEchoError(f"{len(b)} known frames: the next {k} after the nearest need more")
+    order = apart.argsort(1)[:, : k + 1]
+    sorted_ = np.take_along_axis(apart, order, 1)
+    return sorted_[:, 0], sorted_[:, 0] / sorted_[:, 1:].mean(1), order[:, 0]
+
+
 @dataclass(frozen=True)
 class Gaussian:
     """What a Frechet distance keeps of a set of features: mean (D,) and covariance root.T @ root."""
@@ -247,22 +267,50 @@ def frechet_distance(a, b):
     return float(((a.mean - b.mean) ** 2).sum() + traces - 2 * overlap)
 
 
-def frechet_at_infinity(a, b, seed=0, points=10, repeats=5):
+def frechet_at_infinity(a, b, classes=None, seed=0, points=10, repeats=5):
     """Frechet distance extrapolated to infinitely many `a` (Chong and Forsyth 2020).
 
-    Its bias falls as 1/N: those of random subsets, from half of a to all, are fitted by a line in 1/N.
+    Its bias falls as 1/N: those of random subsets, from half of a to all, are fitted by a line in 1/N. classes: (N,), whose shares the subsets keep.
     """
     rng, b = np.random.default_rng(seed), b if isinstance(b, Gaussian) else fitted(b)
     sizes = np.repeat(np.linspace(len(a) // 2, len(a), points).astype(int), repeats)
-    distances = [frechet_distance(a[rng.permutation(len(a))[:n]], b) for n in sizes]
+    classes = np.zeros(len(a)) if classes is None else np.asarray(classes)
+    distances = [frechet_distance(a[_shuffled(classes, rng)[:n]], b) for n in sizes]
     return float(np.polyfit(1 / sizes, distances, 1)[1])
+
+
+def balanced(classes, n, rng):
+    """Rows of n images, at random but with as many of each class: (n,), of classes (N,).
+
+    Raises DiffEchoError where n is no multiple of the classes, or a class has too few images.
+    """
+    classes = np.asarray(classes)
+    kinds, there = np.unique(classes, return_counts=True)
+    if n % len(kinds) or n > len(kinds) * there.min():
+        raise DiffEchoError(
+            f"{n} images of {len(kinds)} classes, of which the smallest has {there.min()}: take a "
+            f"multiple of {len(kinds)}, at most {len(kinds) * there.min()}"
+        )
+    share = n // len(kinds)
+    rows = [rng.permutation(np.flatnonzero(classes == kind))[:share] for kind in kinds]
+    return np.concatenate(rows)
+
+
+def _shuffled(classes, rng):
+    """All rows at random, but so that every beginning has the classes in their shares."""
+    place, order = np.empty(len(classes)), rng.permutation(len(classes))
+    for kind in np.unique(classes):
+        rows = order[classes[order] == kind]
+        place[rows] = (np.arange(len(rows)) + rng.random()) / len(rows)
+    return place.argsort()
 
 
 def kernel_distance(a, b):
     """Kernel distance (KID, Binkowski et al. 2018) of features (N, D), (M, D): unbiased at any N > 1.
 
-    Squared maximum mean discrepancy with the kernel (x.y / D + 1)^3 over all pairs; around zero, and as
-    often below as above, for two draws from one distribution.
+    Squared maximum mean discrepancy with the kernel (x.y / D + 1)^3 over all pairs. For two independent
+    draws from one distribution its mean is zero and it is skewed: more often below zero than above, and
+    farther above. With equal numbers of each class, draws are not independent, and the mean is below zero.
     """
     a, b = _two_sets(a, b, 2, "a kernel distance")
     pairs = (a, a), (b, b), (a, b)
@@ -345,20 +393,32 @@ def by_class(*classes):
     yield "all", *(np.arange(len(of_set)) for of_set in classes)
 
 
-def panel(images, classes, reference, reference_classes, held_out, held_out_classes, patients, k=5):
+def panel(
+    images,
+    classes,
+    reference,
+    reference_classes,
+    held_out,
+    held_out_classes,
+    patients,
+    owners=None,
+    k=5,
+):
     """Distances of generated images from training frames, class by class, beside what real frames get.
 
     Each argument pair is (features, class index): of the generated images, of the training frames (the
-    reference) and of held-out real frames, whose patients are given. Returns a DataFrame indexed by
-    class ("all" last): n, distance (Frechet), low, high (`intervals.distance`, over patients for real
-    frames) and at_infinity, then the same of the held-out frames as floor_n, floor, floor_low, ...; the bias of
+    reference) and of held-out real frames, whose patients are given. owners: the patients whose label
+    maps the generated images were drawn to, if any. Returns a DataFrame indexed by
+    class ("all" last): n, distance (Frechet), low, high (`intervals.distance`, over patients where there
+    are) and at_infinity, then the same of the held-out frames as floor_n, floor, floor_low, ...; the bias of
     small samples cancels only where n and floor_n agree. Then what a Frechet distance cannot see, of the
     held-out frames as <name>_floor: kernel (`kernel_distance`); precision, recall, density, coverage
     (`manifold_scores`, NaN where a class has no more than `k` images); nearest, the 5th percentile of
     the distance from the nearest training frame.
     """
     sets, patients = [np.asarray(x) for x in (images, reference, held_out)], np.asarray(patients)
-    table = {}
+    classes, held_out_classes = np.asarray(classes), np.asarray(held_out_classes)
+    owners, table = np.arange(len(images)) if owners is None else np.asarray(owners), {}
     for name, *rows in by_class(classes, reference_classes, held_out_classes):
         mine, known, real = (x[r] for x, r in zip(sets, rows, strict=True))
         counts = {"generated": len(mine), "training": len(known), "held-out": len(real)}
@@ -367,18 +427,18 @@ def panel(images, classes, reference, reference_classes, held_out, held_out_clas
                 f"{name}: a Frechet distance needs 4 images of each, found {counts}"
             )
         target = fitted(known)
-        floor = _distances(real, target, patients[rows[2]])
-        table[name] = _distances(mine, target, range(len(mine)))
+        floor = _distances(real, target, patients[rows[2]], held_out_classes[rows[2]])
+        table[name] = _distances(mine, target, owners[rows[0]], classes[rows[0]])
         table[name] |= {f"floor_{score}": value for score, value in floor.items()}
         table[name] |= _scores(mine, known, k)
         table[name] |= {f"{score}_floor": v for score, v in _scores(real, known, k).items()}
     return pd.DataFrame(table).T.rename(columns={"floor_distance": "floor"})
 
 
-def _distances(x, target, groups):
+def _distances(x, target, groups, classes):
     found = intervals.distance(lambda rows: frechet_distance(x[rows], target), groups)
     measured = dict(zip(("distance", "low", "high"), found, strict=True))
-    return {"n": len(x)} | measured | {"at_infinity": frechet_at_infinity(x, target)}
+    return {"n": len(x)} | measured | {"at_infinity": frechet_at_infinity(x, target, classes)}
 
 
 def _scores(x, known, k):

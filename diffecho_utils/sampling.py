@@ -41,6 +41,7 @@ def sample(
     guidance=1.0,
     guidance_interval=None,
     scheduler=None,
+    start=None,
     batch=50,
     progress=None,
     decoded=True,
@@ -55,8 +56,9 @@ def sample(
     it to those timesteps, both included (Kynkaanniemi et al. 2024). `scheduler` is any diffusers
     scheduler built from the generator's configuration (one that puts noise in draws it from each
     image's own stream, if its `step` takes a generator); the default, DPM-Solver++, needs about 20
-    steps. `progress(done, total, "images")` is called after each batch. decoded: False leaves the latents
-    as they are, (N, C, h, w). Raises DiffEchoError for
+    steps. `start`, (images, timestep): pictures to begin with in place of noise, noised to the first of
+    the steps at or below the timestep (Meng et al. 2022). decoded: False leaves the latents as they
+    are, (N, C, h, w). `progress(done, total, "images")` is called after each batch. Raises DiffEchoError for
     conditions that are missing, too many or of the wrong size, and for an empty interval.
     """
     low, high = check(generator, len(seeds), guidance, guidance_interval, conditions)
@@ -69,13 +71,22 @@ def sample(
         part = slice(first, first + batch)
         streams = _streams(seeds[part])
         fresh = {"generator": streams} if draws else {}
-        given, null = _arguments(
+        given, null = arguments(
             generator, device, {name: values[part] for name, values in conditions.items()}
         )
         scheduler.set_timesteps(steps, device=device)
-        noise = _noise(streams, generator.latent_shape)
-        latents = noise.to(device) * scheduler.init_noise_sigma
-        for timestep in scheduler.timesteps:
+        noise = _noise(streams, generator.latent_shape).to(device)
+        latents, timesteps = noise * scheduler.init_noise_sigma, scheduler.timesteps
+        if start:
+            timesteps = timesteps[timesteps <= start[1]]
+            if not len(timesteps):
+                raise DiffEchoError(
+                    f"start at timestep {start[1]}: with {steps} steps the lowest step is "
+                    f"{scheduler.timesteps[-1]:g}; begin there or higher, or take more steps"
+                )
+            begun = data.encode(generator.vae, start[0][part]).to(device)
+            latents = scheduler.add_noise(begun, noise, timesteps[:1].expand(len(noise)))
+        for timestep in timesteps:
             inputs = scheduler.scale_model_input(latents, timestep)
             times = timestep.expand(len(inputs)).to(device)
             prediction = generator.denoiser(inputs, times, **given)
@@ -161,7 +172,7 @@ def _noise(streams, shape):
     return torch.stack([torch.randn(shape, generator=stream) for stream in streams])
 
 
-def _arguments(generator, device, conditions):
+def arguments(generator, device, conditions):
     """The denoiser's arguments for these conditions, and for the null condition."""
     given, null = {}, {}
     if "classes" in conditions:

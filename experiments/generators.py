@@ -3,9 +3,10 @@
 Each generator draws one image for each frame of the validation patients, in three runs of seeds: the same
 classes, and for those that read them the same prompts and label maps. Measured is what the shipped judges
 see, how close the images come to the nearest training frame, and the whole panel of image metrics in three
-kinds of features, with the floor of real held-out frames. Records: generators (chapter 06), fid_analysis
-(chapter 08), and 08_features.safetensors, what the real frames look like to the classifier and to CLIP, which
-chapter 08 reads in place of the frames. An hour on one core, a third of it the paper's steps.
+kinds of features, with the floor of real held-out frames, also by the number of images and by the patients'
+ejection fraction. Records: generators (chapter 06), fid_analysis (chapter 08), and 08_features.safetensors,
+what the real frames look like to the classifier and to CLIP, which chapter 08 reads in place of the frames.
+An hour on one core, a third of it the paper's steps.
 """
 
 import time
@@ -51,12 +52,16 @@ def compute(world, model=None, seed=None, solver=None, steps=None):
     if solver:
         return timed(world, model, solver, steps)
     frames, real = world.frames("validation"), model is None
+    masked = not real and "masks" in sampling.CONDITIONS[model]
     images = frames.images if real else world.drawn(model, "validation", seed)
     found = {
-        "images": of_images(world, images, frames, real or "masks" in sampling.CONDITIONS[model]),
+        "images": of_images(world, images, frames, real or masked),
         "nearest": closeness(world, images, patients(frames) if real else None),
-        "panel": {name: panel(world, name, images) for name in ENCODERS},
+        "panel": {name: panel(world, name, images, masked) for name in ENCODERS},
+        "by_number": {name: by_number(world, name, images) for name in ENCODERS},
     }
+    if real or masked:
+        found["by_ef"] = by_ef(world, images, frames)
     return found | {"frames": len(frames), "spoilt": spoilt(world, frames)} if real else found
 
 
@@ -109,13 +114,45 @@ def closeness(world, images, groups=None):
     return found
 
 
-def panel(world, encoder, images):
-    """{class: its row of the panel}, in the features of an encoder."""
+def panel(world, encoder, images, masked):
+    """{class: its row of the panel}, in the features of an encoder; masked: drawn to patients' maps."""
     known, unseen = (world.frames(split) for split in ("training", "validation"))
     reference = world.seen(encoder, "training"), known.classes.numpy()
     held_out = world.seen(encoder, "validation"), unseen.classes.numpy()
-    mine = world.see[encoder](images), unseen.classes.numpy()
-    return metrics.panel(*mine, *reference, *held_out, patients(unseen)).to_dict("index")
+    mine, owners = (world.see[encoder](images), unseen.classes.numpy()), patients(unseen)
+    rows = metrics.panel(*mine, *reference, *held_out, owners, owners if masked else None)
+    return rows.to_dict("index")
+
+
+def by_number(world, encoder, images):
+    """{N: mean distance of so many of the images, equally many of each class}, of draws at random."""
+    seen, known = world.see[encoder](images), metrics.fitted(world.seen(encoder, "training"))
+    classes, rng = world.frames("validation").classes.numpy(), np.random.default_rng(0)
+    kinds, counts = np.unique(classes, return_counts=True)
+    sizes = len(kinds) * np.unique(np.ceil(counts.min() * np.linspace(0.2, 1, 5)).astype(int))
+    draws = {n: [metrics.balanced(classes, n, rng) for _ in range(20)] for n in sizes}
+    return {
+        str(n): np.mean([metrics.frechet_distance(seen[rows], known) for rows in of])
+        for n, of in draws.items()
+    }
+
+
+def by_ef(world, images, frames):
+    """{third of the patients by the EF of their label maps: what their frames or images score}."""
+    owned = anatomy.patients_ef(frames.masks, frames.table).dropna(subset="ef")
+    thirds, found = np.array_split(owned.sort_values("ef"), 3), {}
+    seen, known = (
+        world.see["classifier"](images),
+        metrics.fitted(world.seen("classifier", "training")),
+    )
+    dice = np.nanmean(dice_of(world.judges[0], images, frames), 1)
+    hits = (downstream.classify(world.judges[1], images).argmax(1) == frames.classes).numpy()
+    for name, third in zip(("lowest EF", "middle EF", "highest EF"), thirds, strict=True):
+        rows = np.isin(patients(frames), third["patient"])
+        of = {"patients": len(third), "mean EF": third["ef"].mean(), "mean Dice": dice[rows].mean()}
+        of |= {"class recognised": hits[rows].mean()}
+        found[name] = of | {"distance": metrics.frechet_distance(seen[rows], known)}
+    return found
 
 
 def spoilt(world, frames):
@@ -137,6 +174,8 @@ def collect(world, found):
     brief = {"guidance": dials, "real": {"floor": floor, "nearest": nearest} | seen(real)}
     fid = {"real": {name: real[name] for name in ("images", "nearest", "spoilt")}}
     fid["panel"] = {name: {} for name in ENCODERS}
+    fid["by_number"] = {name: {"real": real["by_number"][name]} for name in ENCODERS}
+    fid["by_ef"] = {"real": real["by_ef"]}
     for model in models.GENERATORS:
         runs = [found[f"{model}, {seed}"] for seed in SEEDS]
         of_runs = gathered(runs)
@@ -146,6 +185,9 @@ def collect(world, found):
         fid[model]["worst"] = {name: [worst(run, name) for run in runs] for name in ENCODERS}
         for name in ENCODERS:
             fid["panel"][name][model] = of_runs["panel"][name]
+            fid["by_number"][name][model] = of_runs["by_number"][name]
+        if "by_ef" in of_runs:
+            fid["by_ef"][model] = of_runs["by_ef"]
     brief["steps_compared"] = {
         model: {row.split(": ")[1]: of for row, of in found.items() if row.startswith(f"{model}: ")}
         for model in PAPER

@@ -39,8 +39,11 @@ from world import World
 
 from diffecho_utils import DiffEchoError, assets, files, profiles, results
 
-RECORDS = "checkpoints strength autoencoders generators sampling few_steps ablations segmentation "
-RECORDS += "classification pretrained coverage phantom_realism phantom_ablation gallery paper_scale"
+RECORDS = "checkpoints strength autoencoders generators memorisation sampling few_steps ablations "
+RECORDS += (
+    "segmentation classification pretrained coverage phantom_realism phantom_ablation gallery "
+)
+RECORDS += "paper_scale"
 SPEEDS = "phantom_speed training_speed recipes trainings"  # tables that are only printed
 opened = functools.cache(World)
 

@@ -6,8 +6,11 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 
 from diffecho_utils import assets, camus, checkpoints, models, results, training
 
@@ -129,6 +132,47 @@ def test_few_steps_of_the_student_beside_the_teachers(run, tmp_path, monkeypatch
         assert row.keys() == shipped["drawn"][name].keys()
     blurred, sharp = (record["drawn"][f"{name}, 1"]["detail"][0] for name in ("SDM", "student"))
     assert blurred < 0.7 * sharp
+
+
+def test_distances_by_number_have_the_slope_of_their_generator(monkeypatch):
+    """Of two sets with the mean and spread of the training frames, by the theory of covariances."""
+    rng, classes = np.random.default_rng(0), torch.arange(200) % 4
+    known, sets = rng.normal(size=(20000, 10)), rng.normal(size=(20, 200, 10))
+    world = SimpleNamespace(
+        see={"as it is": lambda images: images},
+        seen=lambda encoder, split: known,
+        frames=lambda split: SimpleNamespace(classes=classes),
+    )
+    monkeypatch.syspath_prepend(CHECKOUT / "experiments")
+    by_number = importlib.import_module("generators").by_number
+    found = [by_number(world, "as it is", x) for x in sets]
+    assert list(found[0]) == ["40", "80", "120", "160", "200"]
+    slope, start = np.polyfit(
+        1 / np.arange(40, 201, 40), np.mean([[*f.values()] for f in found], 0), 1
+    )
+    # mean: D / N; covariance: a quarter of its squared error, D (D + 1) / 4N
+    assert slope == pytest.approx(10 + 110 / 4, rel=0.15) and abs(start) < 0.05
+
+
+def test_memorisation_finds_what_was_planted(run, tmp_path, monkeypatch):
+    memorisation = importlib.import_module("memorisation")
+    monkeypatch.setattr(memorisation, "SEEDS", (1000,))
+    monkeypatch.setattr(memorisation, "STARTS", (300,))
+    monkeypatch.setattr(memorisation, "LEARNED", 2)
+    assert run("memorisation", "--profile", "smoke") == 0
+    found = results.load(tmp_path / "out" / "memorisation.json")["values"]
+    for planted in (
+        found["real"]["noise 0.05"],
+        *(found[m]["begun"]["300"] for m in models.GENERATORS),
+    ):
+        assert planted["share"][0] == 1 and planted["n"] >= 20
+    assert found["real"]["held out"]["suspects"] <= 1
+    for model in models.GENERATORS:
+        of = found[model]
+        assert of["drawn"]["n"] == len(of["drawn"]["ratios"])
+        low, high = of["membership"]["auc"]["by class"][1:]
+        assert 0 <= low <= high <= 1
+        assert ("training maps" in of) == (model in ("text-seg", "sdm"))
 
 
 @pytest.mark.parametrize(

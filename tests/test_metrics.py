@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
+from scipy.stats import skew
 from sklearn.metrics.pairwise import polynomial_kernel
 from torchmetrics.image.fid import FrechetInceptionDistance
 
@@ -74,6 +75,41 @@ def test_extrapolation_removes_most_of_the_bias():
     assert abs(metrics.frechet_at_infinity(a, b)) < 0.25 * biased
 
 
+def test_extrapolation_keeps_the_shares_of_classes():
+    """Without, what random shares add looks like bias, and is taken away: equal sets come out below zero."""
+    rng = np.random.default_rng(3)
+    classes = np.repeat(range(4), 25)
+    centres = 10 * np.eye(4)[classes]
+    found = []
+    for seed in range(20):
+        a = centres + rng.normal(size=(100, 4))
+        b = np.tile(centres, (40, 1)) + rng.normal(size=(4000, 4))
+        found.append([metrics.frechet_at_infinity(a, b, kinds, seed) for kinds in (None, classes)])
+    plain, kept = np.mean(found, 0)
+    assert plain < kept - 0.1 and abs(kept) < 0.1
+
+
+def test_balanced_draws_have_equal_classes():
+    rng = np.random.default_rng(0)
+    classes = rng.permutation(np.repeat(range(3), [5, 9, 7]))
+    drawn = [metrics.balanced(classes, 12, rng) for _ in range(2)]
+    assert all(np.bincount(classes[rows]).tolist() == [4] * 3 for rows in drawn)
+    assert len(set(drawn[0])) == 12 and set(drawn[0]) != set(drawn[1])
+    for n in (10, 18):
+        with pytest.raises(DiffEchoError, match="take a multiple of 3, at most 15"):
+            metrics.balanced(classes, n, rng)
+
+
+def test_kernel_distance_of_equal_sets_is_skewed_about_zero():
+    rng = np.random.default_rng(1)
+    known = rng.normal(size=(500, 8))
+    found = np.array([metrics.kernel_distance(rng.normal(size=(50, 8)), known) for _ in range(300)])
+    assert (
+        abs(found.mean()) < 3 * found.std() / 300**0.5 + found.std() / 3
+    )  # the reference is one draw
+    assert (found < found.mean()).mean() > 0.52 and skew(found) > 0.3
+
+
 def test_psnr_and_ms_ssim_by_hand(frames):
     images = frames.images[:4]
     noisy = images + 0.1 * torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
@@ -138,6 +174,39 @@ def test_nearest_by_hand():
     b = torch.tensor([[3.0, 4.0], [6.0, 8.0], [0.0, 2.0]])
     assert metrics.nearest(a, b) == pytest.approx([2 / 2**0.5, 0])
     assert metrics.nearest(a.view(2, 1, 2, 1), b.view(3, 1, 2, 1)) == pytest.approx([2 / 2**0.5, 0])
+
+
+def test_planted_copies_are_found_and_nothing_else():
+    """Also copies of frames far from all others, which a distance alone would let pass."""
+    rng = np.random.default_rng(0)
+    spread = np.linspace(0.3, 2, 400)[:, None]  # crowded at first, then sparse
+    known, others = (
+        spread[rows] * rng.normal(size=(len(rows), 64)) for rows in (range(400), range(1, 400, 2))
+    )
+    copies = known[::10] + 0.4 * spread[::10] * rng.normal(size=(40, 64))
+    ratios = {
+        name: metrics.copied(x, known)[1] for name, x in (("copies", copies), ("others", others))
+    }
+    limit = np.quantile(metrics.copied(spread * rng.normal(size=(400, 64)), known)[1], 0.01)
+    assert (ratios["copies"] < limit).all() and (ratios["others"] < limit).mean() < 0.05
+    away, ratio, index = metrics.copied(copies, known)
+    assert index.tolist() == [*range(0, 400, 10)] and away == pytest.approx(
+        metrics.nearest(copies, known)
+    )
+    assert away[-1] > np.median(metrics.nearest(others[:40], known))  # told by the ratio alone
+    apart = np.sort(np.linalg.norm(copies[3] - known, axis=1))
+    assert ratio[3] == pytest.approx(apart[0] / apart[1:51].mean())
+
+
+def test_copies_of_ones_own_do_not_count():
+    x = np.array([[0.0], [0.1], [3.0], [7.0]])
+    away, ratio, index = metrics.copied(x, x, k=1, owners=([0, 0, 1, 2],) * 2)
+    assert index.tolist() == [2, 2, 1, 2] and away == pytest.approx([3, 2.9, 2.9, 4])
+    assert ratio == pytest.approx([3 / 7, 2.9 / 6.9, 2.9 / 3, 4 / 6.9])
+    with pytest.raises(
+        DiffEchoError, match="4 known frames: the next 3 after the nearest need more"
+    ):
+        metrics.copied(x, x, k=3, owners=([0, 0, 1, 2],) * 2)
 
 
 def test_kernel_distance_agrees_with_scikit_learn():

@@ -19,6 +19,7 @@ from diffecho_utils import (
     assets,
     camus,
     checkpoints,
+    data,
     downstream,
     models,
     results,
@@ -126,6 +127,27 @@ def test_fresh_noise_is_not_the_initial_noise_again(generator):
     assert torch.equal(start, sampling.initial_noise([3, 4], (4, 8, 8)))
     correlation = torch.corrcoef(torch.stack([start.flatten(), fresh.flatten()]))[0, 1]
     assert abs(correlation) < 0.2 and not torch.equal(fresh[0], fresh[1])
+
+
+def test_drawing_can_begin_with_pictures(generator, frames):
+    images, told = frames.images[:4], {"classes": frames.classes[:4]}
+
+    def off(timestep, seed=0, **settings):
+        seeds = seed + np.arange(4)
+        start = images, timestep
+        drawn = sampling.sample(generator, seeds, 20, start=start, **settings, **told)
+        return (drawn - rebuilt).abs().mean().item(), drawn
+
+    rebuilt = data.decode(generator.vae, data.encode(generator.vae, images))
+    (near, drawn), (far, _) = off(60), off(900)
+    assert near < far
+    torch.testing.assert_close(off(60, batch=3)[1], drawn, atol=1e-4, rtol=0)
+    assert not torch.allclose(off(60, seed=9)[1], drawn, atol=1e-3), "another seed"
+    for solver in sampling.SOLVERS.values():
+        begun = off(60, scheduler=solver.from_config(generator.scheduler.config))
+        assert begun[0] < far
+    with pytest.raises(DiffEchoError, match="start at timestep 5: .* the lowest step is"):
+        off(5)
 
 
 def test_guidance_keeps_to_its_interval(sdm):
