@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from sklearn.metrics import roc_auc_score
-from world import QUIET, draw, interval, kept, patients
+from world import QUIET, draw, kept, patients
 
 from diffecho_utils import camus, data, intervals, metrics, models, objectives, sampling, training
 
@@ -200,7 +200,7 @@ def auc(members, others, owners, kinds=None):
         parts = [rows[kinds[rows] == kind] for kind in np.unique(kinds)]
         return np.mean([roc_auc_score(truth[r], score[r]) for r in parts])
 
-    return interval(mean, owners)
+    return intervals.bootstrap(mean, owners)
 
 
 def spread(frames, count):
