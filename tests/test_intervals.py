@@ -107,7 +107,10 @@ def test_intervals_hold_the_truth(row, coverage):
 
 
 def test_recorded_coverages(coverage):
-    record = results.load(assets.record("camus", "cpu", "coverage"))["values"]
+    path = assets.root() / "data" / "results" / "camus" / "cpu" / "coverage.json"
+    if not path.is_file():
+        pytest.skip("not recorded yet: python experiments/run.py coverage")
+    record = results.load(path)["values"]
     assert set(record) == set(coverage.rows(None))
     for row, found in record.items():
         named = [band for words, band in EXCEPTIONS.items() if words in row]
