@@ -107,11 +107,11 @@ def test_intervals_hold_the_truth(row, coverage):
 
 
 def test_recorded_coverages(coverage):
-    path = assets.root() / "data" / "results" / "camus" / "cpu" / "coverage.json"
-    if not path.is_file():
-        pytest.skip("not recorded yet: python experiments/run.py coverage")
-    record = results.load(path)["values"]
-    assert set(record) == set(coverage.rows(None))
+    record = results.load(assets.record("camus", "cpu", "coverage"))["values"]["coverage"]
+    rows = set(coverage.rows(None))
+    assert (
+        {row for row in rows if "distance" not in row} <= set(record) <= rows
+    )  # distances take long
     for row, found in record.items():
         named = [band for words, band in EXCEPTIONS.items() if words in row]
         low, high = named[0] if named else (0.92, 0.98)
