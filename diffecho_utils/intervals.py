@@ -1,7 +1,7 @@
 """Every 95 % interval of the book: of means, shares, ratios, differences and distances.
 
 Chapters 02 to 11. Frames of one patient are not independent, so patients are what is resampled; of trained
-networks the runs vary as well. `experiments/coverage.py` has tried each kind on simulated experiments of
+networks the runs vary as well. `experiments/coverage.py` tries each kind on simulated experiments of
 the book's own sizes. All return (value, low, high); the ends are NaN where there are too few patients.
 """
 
@@ -121,7 +121,7 @@ def distance(statistic, groups, positive=True, halves=60):
     each fiftieth part of them) left out once, the spread counts chance that is quadratic in the deviations
     twice (Efron and Stein 1981), halves of the patients, drawn without replacement, three times. So the
     first variance is raised by half of what it exceeds the second by, or lowered, to half of it at most;
-    in simulations that holds the truth, on the safe side. positive: reckoned on logarithms, so that no end
+    where chance is all there is, that errs on the safe side. positive: reckoned on logarithms, so that no end
     lies below zero; else, as for a difference of two distances, as it is.
     """
     rng, rows_of = np.random.default_rng(0), _rows(groups)
