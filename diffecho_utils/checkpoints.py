@@ -258,6 +258,8 @@ def _load(folder, *classes):
         if found == "CLIPModel":
             network = CLIPModel(CLIPConfig.from_dict(config))
         elif hasattr(diffusers, found):
+            if found == "AutoencoderTiny":  # it writes what it warns of when it reads it
+                config.pop("block_out_channels", None)
             network = getattr(diffusers, found).from_config(config)
         else:
             network = models.monai_network(config.pop("_class_name"), **config)
