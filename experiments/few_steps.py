@@ -70,7 +70,7 @@ def measured(world, images, asked):
         "dice": by_structure(np.nanmean(dice_of(world.judges[0], images, asked), 0)),
         "distance": metrics.frechet_distance(world.see["autoencoder"](images), known),
         "detail": float(metrics.high_frequency_deviation(images, where=inside).mean()),
-        "spectrum": dict(zip(frequencies.round(4).tolist(), power.tolist(), strict=True)),
+        "spectrum": {f"{f:.4f}": float(p) for f, p in zip(frequencies, power, strict=True)},
     }
 
 
@@ -81,7 +81,9 @@ def collect(world, found):
         for count in counts:
             runs = [found[f"{name}: {count}, {seed}"] for seed in SEEDS]
             for run in runs:
-                gaps = [run["spectrum"][f] - p for f, p in real["spectrum"].items() if f >= FINE]
+                gaps = [
+                    run["spectrum"][f] - p for f, p in real["spectrum"].items() if float(f) >= FINE
+                ]
                 run["speckle_db"] = float(np.sqrt(np.mean(np.square(gaps))))
             calls = count * (2 if name == "SDM" else 1)  # guidance asks twice
             steps[f"{name}, {count}"] = {"evaluations": calls} | gathered(runs)
