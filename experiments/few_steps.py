@@ -52,7 +52,7 @@ def compute(world, frames, model=None, steps=None, decoder=None, seed=None):
     begun = time.process_time()
     images = draw(drawn, asked, seeds, steps)
     seconds = (time.process_time() - begun) / len(images)
-    found = measured(world, images, asked) | {"seconds": seconds}
+    found = measured(world, images, asked) | {"seconds_an_image": seconds}
     if decoder:
         few = asked.where(np.arange(len(asked)) < 40)
         large, small = draw(generator(model), few, seeds[:40], steps), images[:40]
