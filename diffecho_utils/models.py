@@ -112,7 +112,7 @@ def latent_shape(vae, side):
     return vae.config.latent_channels, side, side
 
 
-def build_discriminator(inputs=2, channels=(32, 64, 96)):
+def build_discriminator(channels=(32, 64, 96), inputs=2):
     """Patch discriminator with spectral normalisation: (N, inputs, H, W) -> (N, 1, H/8, W/8) logits.
 
     A halving for each of `channels`.

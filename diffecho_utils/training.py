@@ -326,8 +326,9 @@ def _student(profile, views, teacher, seed, cache_dir, settings, say):
     parts = [("unet", unet), ("scheduler", scheduler)]
     objective = objectives.ReflowObjective(network, scheduler)
     yield Stage("reflow", objective, tensors, profile.reflow, parts)
-    channels = profile.latent_channels + len(camus.LABELS)
-    discriminator = models.build_discriminator(channels, (64, 96)[: side.bit_length() - 2])
+    channels = (64, 96)[: side.bit_length() - 2]
+    inputs = profile.latent_channels + len(camus.LABELS)
+    discriminator = models.build_discriminator(channels, inputs)
     objective = objectives.ReflowObjective(network, scheduler, discriminator, **settings)
     yield Stage("speckle", objective, tensors | {"known": views["latents"]}, profile.speckle)
 

@@ -485,9 +485,9 @@ def test_missing_and_foreign_parts_are_named(smoke, frames, trained, tmp_path):
     assert not said, "noticed before the training"
 
 
-def still(smoke, row):
-    """The profile whose `row` moves no weights."""
-    return replace(smoke, **{row: replace(getattr(smoke, row), learning_rate=0.0)})
+def still(smoke, *rows):
+    """The profile whose `rows` move no weights."""
+    return replace(smoke, **{r: replace(getattr(smoke, r), learning_rate=0.0) for r in rows})
 
 
 def network(model, folder):
@@ -501,7 +501,7 @@ def network(model, folder):
 def test_start_is_where_training_begins(smoke, frames, trained, tmp_path, model):
     """Fine-tuning begins at the checkpoint's weights, in each network that the model has."""
     needs = {name: trained[name] for name in training.MODELS[model]}
-    profile = still(smoke, model.replace("-", "_"))
+    profile = still(smoke, *profiles.recipes(smoke, model))
     start = {"needs": needs, "start": trained[model], "say": str}
     training.train(model, frames, profile, tmp_path, **start)
     assert distance(network(model, trained[model]), network(model, tmp_path)) == 0
