@@ -526,7 +526,7 @@ def test_start_counts_for_networks_that_have_no_state_yet(smoke, frames, trained
         if sum(line.startswith("step") for line in said) == 5:  # four lines a network here
             raise KeyboardInterrupt
 
-    model, profile = "unconditional", still(smoke, "unconditional")
+    model, profile = "unconditional", still(smoke, "shared", "unconditional")
     run = {"needs": {"autoencoder": trained["autoencoder"]}, "start": trained[model]}
     with pytest.raises(KeyboardInterrupt):
         training.train(model, frames, profile, tmp_path, say=stop, **run)
