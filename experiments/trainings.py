@@ -39,7 +39,8 @@ def steps(profile, network, total):
     recipes, networks = profiles.recipes(profile, network), {"unconditional": len(camus.CLASSES)}
     images = {stage: recipe.steps * recipe.batch for stage, recipe in recipes.items()}
     whole = sum(n * networks.get(stage, 1) for stage, n in images.items())
-    return [max(1, round(total * n / whole)) for n in images.values()]
+    later = {stage: max(1, total * n // whole) for stage, n in list(images.items())[1:]}
+    return [total - sum(n * networks.get(network, 1) for n in later.values()), *later.values()]
 
 
 def collect(world, found):
