@@ -47,6 +47,13 @@ RESTART = flag("throw away what DIR holds; default: it goes on", "restart")
 STRETCH = flag("frames to squares, as re-packs do; default: padded", "stretch")
 FOLD = count("its splits instead: one of ten folds of cross-validation", high=10)
 SHIPPED = place("default: the shipped one")
+INTERVAL = option(
+    tuple[int, int],
+    "timesteps of the guidance, 0 (picture) to 999 (noise); default: all",
+    low=0,
+    high=999,
+    metavar="LOW HIGH",
+)
 RECORD = place("write it as a record", "json", metavar="FILE")
 SPLIT = Literal["training", "validation", "testing"]  # camus.SPLITS
 ANY_SPLIT = Literal[SPLIT, "all"]  # all: every patient, listed or not
@@ -304,13 +311,7 @@ def sample_command(
     patients: count("label maps of the first so many of the split") = None,
     template: option(TEMPLATE, "of the prompts; default: the paper's") = None,
     guidance: number("weight; 1: as trained; default: the checkpoint's", low=0, high=1e3) = None,
-    guidance_interval: option(
-        tuple[int, int],
-        "timesteps of the guidance, 0 (picture) to 999 (noise); default: all",
-        low=0,
-        high=999,
-        metavar="LOW HIGH",
-    ) = None,
+    guidance_interval: INTERVAL = None,
     steps: count("of the solver", high=1000) = 20,
     solver: string("DDPM, DDIM, Euler, UniPC or this") = "DPM-Solver++",
     batch: count("images drawn at a time") = 50,

@@ -55,9 +55,7 @@ class Generator:
     guidance: float = 1.0  # the scale that its training.json recommends
     stretched: bool = False  # whether its frames were stretched to the square, or padded
     classes: tuple[int, ...] = tuple(range(len(camus.CLASSES)))  # indices of what it can draw
-    null: str = (
-        "words"  # what its null condition lacks: the words alone, as stock pipelines do, or "all"
-    )
+    null: str = "words"  # what its null condition lacks: these, as in stock pipelines, or "all"
 
     @property
     def side(self):
@@ -172,12 +170,13 @@ def load_generator(folder, name=None, decoder=None):
         raise DiffEchoError(
             f"{folder}: a checkpoint of {model!r}, no generator ({models.GENERATORS})"
         )
-    text, classes = None, Generator.classes
+    text, coder, classes = None, None, Generator.classes
     if made.get("base"):
         unet, vae, text, scheduler = _on_base(folder, made, name)
     else:
         under = needed(folder, "text") if model == "text-seg" else folder
-        vae = load_autoencoder(needed(under, "autoencoder")) if made["needs"] else None
+        coder = needed(under, "autoencoder") if made["needs"] else None
+        vae = coder and load_autoencoder(coder)
         scheduler = diffusers.DDPMScheduler.from_pretrained(under / "scheduler")
         if model in ("text", "text-seg"):
             text = load_text_encoder(needed(under, "clip"))
@@ -199,7 +198,7 @@ def load_generator(folder, name=None, decoder=None):
         controlnet = _load(folder / "controlnet", "ControlNetModel")
         denoiser = models.TextSegmentationGuided(unet, controlnet, made.get("strength", 1.0))
     if decoder:
-        vae = _small_decoder(decoder, vae, folder)
+        vae = _small_decoder(decoder, coder, folder)
     channels, side = 1 if vae is None else vae.config.latent_channels, made["latent_side"]
     return Generator(
         model,
@@ -215,11 +214,10 @@ def load_generator(folder, name=None, decoder=None):
     )
 
 
-def _small_decoder(folder, vae, generator):
-    """The AutoencoderTiny in `folder`; DiffEchoError where it decodes other latents than `vae`."""
-    distilled = None if vae is None else load_autoencoder(needed(folder, "autoencoder"))
-    ours, theirs = (net and data.digest(net.state_dict().values()) for net in (vae, distilled))
-    if vae is None or ours != theirs:
+def _small_decoder(folder, coder, generator):
+    """The AutoencoderTiny in `folder`; DiffEchoError where it decodes other latents than those of `coder`."""
+    distilled = read_training(folder)["needs"].get("autoencoder", {}).get("sha256")
+    if coder is None or distilled != weights_digest(coder):
         raise DiffEchoError(
             f"{folder}: decodes the latents of another autoencoder than that of {generator}; leave "
             "--decoder out, or train a small-decoder for this one"

@@ -93,10 +93,7 @@ def inside(masks, pixels=3):
 
 
 def speckle_spectrum(images, masks):
-    """Mean power spectrum of what is finer than about five pixels, `inside` label maps, in dB: (H/2 - 1,).
-
-    As `radial_spectrum`, of the pictures' fine detail with zeros outside.
-    """
+    """`radial_spectrum` of what is finer than about five pixels, `inside` label maps, zero outside them."""
     fine = (images - data.blurred(images)) * inside(masks)[:, None]
     return radial_spectrum(fine)
 
@@ -270,7 +267,8 @@ def frechet_distance(a, b):
 def frechet_at_infinity(a, b, classes=None, seed=0, points=10, repeats=5):
     """Frechet distance extrapolated to infinitely many `a` (Chong and Forsyth 2020).
 
-    Its bias falls as 1/N: those of random subsets, from half of a to all, are fitted by a line in 1/N. classes: (N,), whose shares the subsets keep.
+    Its bias falls as 1/N: those of random subsets, from half of a to all, are fitted by a line in 1/N.
+    classes: (N,), whose shares the subsets keep.
     """
     rng, b = np.random.default_rng(seed), b if isinstance(b, Gaussian) else fitted(b)
     sizes = np.repeat(np.linspace(len(a) // 2, len(a), points).astype(int), repeats)

@@ -58,8 +58,8 @@ def sample(
     image's own stream, if its `step` takes a generator); the default, DPM-Solver++, needs about 20
     steps. `start`, (images, timestep): pictures to begin with in place of noise, noised to the first of
     the steps at or below the timestep (Meng et al. 2022). decoded: False leaves the latents as they
-    are, (N, C, h, w). `progress(done, total, "images")` is called after each batch. Raises DiffEchoError for
-    conditions that are missing, too many or of the wrong size, and for an empty interval.
+    are, (N, C, h, w). `progress(done, total, "images")` is called after each batch. Raises DiffEchoError
+    for conditions that are missing, too many or of the wrong size, and for an empty interval.
     """
     low, high = check(generator, len(seeds), guidance, guidance_interval, conditions)
     if scheduler is None:
@@ -76,16 +76,8 @@ def sample(
         )
         scheduler.set_timesteps(steps, device=device)
         noise = _noise(streams, generator.latent_shape).to(device)
-        latents, timesteps = noise * scheduler.init_noise_sigma, scheduler.timesteps
-        if start:
-            timesteps = timesteps[timesteps <= start[1]]
-            if not len(timesteps):
-                raise DiffEchoError(
-                    f"start at timestep {start[1]}: with {steps} steps the lowest step is "
-                    f"{scheduler.timesteps[-1]:g}; begin there or higher, or take more steps"
-                )
-            begun = data.encode(generator.vae, start[0][part]).to(device)
-            latents = scheduler.add_noise(begun, noise, timesteps[:1].expand(len(noise)))
+        pictures = start and (start[0][part], start[1])
+        latents, timesteps = _begun(generator, scheduler, noise, pictures)
         for timestep in timesteps:
             inputs = scheduler.scale_model_input(latents, timestep)
             times = timestep.expand(len(inputs)).to(device)
@@ -98,6 +90,20 @@ def sample(
         if progress:
             progress(min(first + batch, len(seeds)), len(seeds), "images")
     return torch.cat(images)
+
+
+def _begun(generator, scheduler, noise, start):
+    """(latents, timesteps) of a walk from noise, or from pictures: start, (images, timestep)."""
+    if not start:
+        return noise * scheduler.init_noise_sigma, scheduler.timesteps
+    timesteps = scheduler.timesteps[scheduler.timesteps <= start[1]]
+    if not len(timesteps):
+        raise DiffEchoError(
+            f"start at timestep {start[1]}: with {len(scheduler.timesteps)} steps the lowest step is "
+            f"{scheduler.timesteps[-1]:g}; begin there or higher, or take more steps"
+        )
+    latents = data.encode(generator.vae, start[0]).to(noise.device)
+    return scheduler.add_noise(latents, noise, timesteps[:1].expand(len(noise))), timesteps
 
 
 def check(generator, n, guidance, interval, conditions):

@@ -296,8 +296,8 @@ def _unconditional(frames, profile, views, settings):
     shared = None
     if profile.shared:
         shared = models.build_unconditional(profile)
-        objective = _diffusion(models.Unconditional([shared]), scheduler, recipe, settings)
-        tensors = {"latents": views["latents"]}
+        tensors, denoiser = {"latents": views["latents"]}, models.Unconditional([shared])
+        objective = _diffusion(denoiser, scheduler, profile.shared, settings)
         yield Stage("shared", objective, tensors, profile.shared, [("shared", shared)])
     classes = frames.classes.repeat(len(views["latents"]) // len(frames))
     for index, name in enumerate(camus.CLASS_NAMES):
@@ -339,12 +339,11 @@ def _pairs(teacher, generator, masks, profile, seed, cache_dir, say, at_once=800
     steps, pieces = profile.sampling_steps // 2, masks.split(at_once)  # as good as all (chapter 07)
     found = []
     for i, part in enumerate(pieces):
-        seeds = torch.arange(len(part)) + (
-            2**31 + seed * len(masks) + i * at_once
-        )  # no drawn set's
+        first = 2**31 + seed * len(masks) + i * at_once  # no drawn set's
+        seeds = range(first, first + len(part))
         how = {"guidance": generator.guidance, "masks": part}
-        key = [made, data.digest([part]), steps, generator.guidance, int(seeds[0])]
-        make = partial(sampling.pairs, generator, seeds.tolist(), steps, **how)
+        key = [made, data.digest([part]), steps, generator.guidance, first]
+        make = partial(sampling.pairs, generator, seeds, steps, **how)
         found.append(files.cached(cache_dir, "pairs", key, make))
         say(f"pairs of noise and picture: {sum(len(x['noise']) for x in found)} of {len(masks)}")
     return {name: torch.cat([piece[name] for piece in found]) for name in found[0]}
