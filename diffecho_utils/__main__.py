@@ -8,7 +8,7 @@ import shlex
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from typer import Argument, Context, Exit, Option, Typer
 
@@ -31,7 +31,9 @@ def option(kind, text="", name=None, low=None, high=None, metavar=None):
 
 
 def argument(metavar, kind=Path):
-    return Annotated[kind, Argument(metavar=metavar)]
+    """The type of an argument; the words to choose from are its help, which wraps."""
+    text = ", ".join(get_args(kind))
+    return Annotated[kind, Argument(metavar=metavar, show_choices=False, help=text)]
 
 
 flag, string, place = (partial(option, kind) for kind in (bool, str, Path))
@@ -59,7 +61,7 @@ SPLIT = Literal["training", "validation", "testing"]  # camus.SPLITS
 ANY_SPLIT = Literal[SPLIT, "all"]  # all: every patient, listed or not
 GENERATOR = Literal["unconditional", "text", "text-seg", "sdm"]
 MODEL = Literal[
-    "autoencoder", "clip", GENERATOR, "sdm-student", "small-decoder", "segmenter", "classifier"
+    "autoencoder", "clip", GENERATOR, "segmenter", "classifier", "sdm-student", "small-decoder"
 ]
 FEATURES = Literal["autoencoder", "classifier", "clip", "inception"]
 RECIPE = ("batch", "accumulation", "learning_rate", "ema", "prediction", "snr_gamma")

@@ -74,6 +74,9 @@ def test_teacher_copy_and_trial_run_and_tell_what_is_wrong(taught, trial, capsys
     taught.cells[4].source = "from diffecho_utils import chapter"
     with pytest.raises(pytest.fail.Exception, match="DID NOT RAISE"):  # on the stub
         run(trial(taught))
+    taught.cells[4].source = CHECK.replace("exercise(1", "exercise(2")
+    with pytest.raises(DiffEchoError, match=r"exercise 1: .* of \[2\]; is a heading missing"):
+        course.student(taught)
     del taught.cells[4]
     with pytest.raises(DiffEchoError, match="exercise 1: a solution and no cell tagged `check`"):
         course.student(taught)

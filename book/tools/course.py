@@ -103,6 +103,11 @@ def _exercises(notebook):
         if number and solutions:
             if not checks:
                 raise DiffEchoError(f"exercise {number}: a solution and no cell tagged `check`")
+            told = re.findall(r"chapter\.exercise\((\d+)", "".join(cell.source for cell in checks))
+            if others := [int(other) for other in told if int(other) != number]:
+                raise DiffEchoError(
+                    f"exercise {number}: below it stands the check of {others}; is a heading missing?"
+                )
             yield number, solutions, checks[-1], discussion
 
 
