@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -419,6 +420,20 @@ def test_a_student_is_drawn_as_its_teacher_and_with_the_small_decoder(trained, f
     )
     with pytest.raises(DiffEchoError, match="latents of another autoencoder.*--decoder"):
         checkpoints.load_generator(tmp_path / "sdm", decoder=trained["small-decoder"])
+
+
+def test_small_decoder_is_asked_to_be_as_lively_everywhere():
+    vae = torch.nn.ModuleDict({"encoder": torch.nn.Identity()})
+    vae.decode = lambda latents: SimpleNamespace(sample=latents)  # the picture itself
+    objective, rng = objectives.DecoderObjective(vae), torch.Generator().manual_seed(0)
+    bright = torch.rand(2, 1, 64, 64, generator=rng) - 0.5
+    bright[..., 32:] *= 0.2
+    images = ((bright + 1) * 127.5).round().byte()
+    same, faint, moved = (
+        objective(x, images)[1]["deviation"] for x in (bright, 0.75 * bright, bright.flip(-1))
+    )
+    turned = objective(bright.flip(-2), images)[1]["deviation"]  # other pixels, as lively
+    assert same < 1e-3 and turned < 0.2 * faint and moved > 2 * faint
 
 
 def test_text_model_stays_frozen_under_its_controlnet(trained):
