@@ -134,6 +134,25 @@ def test_few_steps_of_the_student_beside_the_teachers(run, tmp_path, monkeypatch
     assert blurred < 0.9 * sharp
 
 
+def test_dials_of_the_phase_reach_the_generator(run, tmp_path, monkeypatch):
+    phase = importlib.import_module("phase")
+    rows = (
+        "as drawn",
+        "words without the phase",
+        "guided against no words",
+        "not guided",
+        "strength 1.8",
+    )
+    monkeypatch.setattr(phase, "CHANGES", {name: phase.CHANGES[name] for name in rows})
+    monkeypatch.setattr(phase, "SEEDS", (1000,))
+    assert run("phase", "--frames", 4) == 0
+    record = results.load(tmp_path / "out" / "phase.json")["values"]
+    distances = {row["distance"][0] for row in record["drawn"].values()}
+    assert record["frames"] >= 4 and len(distances) == len(rows), "each dial changes the pictures"
+    assert record["drawn"]["strength 1.8"]["dials"] == phase.DRAWN | {"strength": 1.8}
+    assert all(0 <= row["phase"][0] <= 1 for row in record["drawn"].values())
+
+
 def test_distances_by_number_have_the_slope_of_their_generator(monkeypatch):
     """Of two sets with the mean and spread of the training frames, by the theory of covariances."""
     rng, classes = np.random.default_rng(0), torch.arange(200) % 4

@@ -120,6 +120,23 @@ def test_every_picture_is_there_and_not_blank(visits):
     assert shown > 100
 
 
+FIRST_PICTURE = """() => Math.min(...[...document.querySelectorAll('.bd-article img')]
+    .filter(image => image.checkVisibility() && image.clientWidth > 100)
+    .map(image => image.getBoundingClientRect().top + scrollY))"""
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_a_chapter_begins_with_a_picture(browser, site, visits, width):
+    late = {}
+    with browser.new_context(viewport={"width": width, "height": 900}) as context:
+        for name in visits:
+            if name.startswith("notebooks/"):
+                with context.new_page() as page:
+                    page.goto(site + name)
+                    late[name] = page.evaluate(FIRST_PICTURE)
+    assert len(late) >= 11 and not {name: top for name, top in late.items() if top > 900}, late
+
+
 def test_links_within_the_book_resolve_and_buttons_open_the_page_s_notebook(visits, site):
     for name, visit in visits.items():
         for link in visit.links:

@@ -32,7 +32,7 @@ def write(notebooks, out, revision=None):
             notebook = make(nbformat.read(path, as_version=4))
             if not pin(notebook, revision):
                 raise DiffEchoError(
-                    f"{path}: its first code cell installs no archive of the repository; take that cell of "
+                    f"{path}: no cell installs an archive of the repository; take that cell of "
                     "another chapter"
                 )
             files.write_text(folder / Path(path).name, nbformat.writes(notebook) + "\n")
@@ -57,9 +57,12 @@ def _revision():
 
 
 def pin(notebook, revision):
-    """Let the first code cell install the package of this tag or commit; False where it installs none."""
-    cell = next(cell for cell in notebook.cells if cell.cell_type == "code")
-    cell.source, found = re.subn(r"/archive/\S+\.zip", f"/archive/{revision}.zip", cell.source)
+    """Let a chapter install the package of this tag or commit; False where no cell installs one."""
+    found = 0
+    for cell in notebook.cells:
+        if cell.cell_type == "code" and "%pip install" in cell.source:
+            cell.source, n = re.subn(r"/archive/\S+\.zip", f"/archive/{revision}.zip", cell.source)
+            found += n
     return found > 0
 
 
