@@ -40,7 +40,7 @@ from world import World
 from diffecho_utils import DiffEchoError, assets, files, profiles, results
 
 RECORDS = (
-    "checkpoints strength autoencoders generators memorisation sampling few_steps phase ablations "
+    "strength autoencoders generators memorisation sampling few_steps phase ablations "
 )
 RECORDS += (
     "segmentation classification pretrained coverage phantom_realism phantom_ablation gallery "

@@ -15,8 +15,11 @@ from diffecho_utils import DiffEchoError, assets, checkpoints
 def away(tmp_path, monkeypatch, serve):
     """As without a checkout; returns the folder that a loopback server serves, a copy of some shipped files."""
     served = tmp_path / "served"
-    for name in ("checkpoints/camus/classifier", "checkpoints/phantom", "results/phantom"):
-        shutil.copytree(assets.root() / "data" / name, served / name)
+    for name in ("classifier", "unconditional", "autoencoder"):
+        shutil.copytree(assets.checkpoint("camus", name), served / "checkpoints/camus" / name)
+    record = served / "results/camus/cpu/strength.json"
+    record.parent.mkdir(parents=True)
+    shutil.copy(assets.record("camus", "cpu", "strength"), record)
     with serve(served, Halving) as address:
         monkeypatch.setattr(assets, "_checkout", lambda: None)
         monkeypatch.setenv("DIFFECHO_DATA_URL", address)
@@ -37,9 +40,9 @@ def test_checkpoint_is_fetched_once_and_loads_with_what_it_builds_on(away, tmp_p
     folder = assets.checkpoint("camus", "classifier")
     assert folder == tmp_path / "cache" / "checkpoints" / "camus" / "classifier"
     checkpoints.load_network(folder)
-    assert checkpoints.load_generator(assets.checkpoint("phantom", "text-seg"))
-    there = {path.name for path in (tmp_path / "cache" / "checkpoints" / "phantom").iterdir()}
-    assert there == {"autoencoder", "clip", "text", "text-seg"}
+    assert checkpoints.load_generator(assets.checkpoint("camus", "unconditional"))
+    there = {path.name for path in (tmp_path / "cache" / "checkpoints" / "camus").iterdir()}
+    assert there == {"autoencoder", "classifier", "unconditional"}
     shutil.rmtree(away)
     assert assets.checkpoint("camus", "classifier") == folder, "not asked for again"
     assert assets.workspace() == tmp_path / "_build"
@@ -48,10 +51,10 @@ def test_checkpoint_is_fetched_once_and_loads_with_what_it_builds_on(away, tmp_p
 
 
 def test_file_changed_in_the_cache_is_fetched_again(away):
-    path = assets.record("phantom", "cpu", "checkpoints")
+    path = assets.record("camus", "cpu", "strength")
     whole = path.read_bytes()
     path.write_bytes(whole[:100])
-    assert assets.record("phantom", "cpu", "checkpoints").read_bytes() == whole
+    assert assets.record("camus", "cpu", "strength").read_bytes() == whole
 
 
 @pytest.mark.parametrize("slip", ["damaged", "half sent", "missing"])
@@ -77,7 +80,7 @@ def test_unreachable_server_and_what_is_not_shipped_are_said(away, monkeypatch):
         assets.checkpoint("camus", "video")
     monkeypatch.setenv("DIFFECHO_DATA_URL", "http://127.0.0.1:9")
     with pytest.raises(DiffEchoError, match="http://127.0.0.1:9/.*not fetched"):
-        assets.record("phantom", "cpu", "checkpoints")
+        assets.record("camus", "cpu", "strength")
 
 
 def test_registry_lists_what_is_tracked(tmp_path):

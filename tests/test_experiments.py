@@ -90,7 +90,7 @@ def test_killed_and_repeated(run, tmp_path, phantom_root, capsys):
     assert run("toy", "--scale", 2, "--given", given) == 0 and log.read_text() == "01230123"
     assert "2 of 4 rows are not there yet (first: row 0)" in capsys.readouterr().out
     assert run("no_such", "--scale", 2) == 1
-    assert "no such experiment; there are checkpoints" in capsys.readouterr().err
+    assert "no such experiment; there are strength" in capsys.readouterr().err
 
 
 def test_two_at_once_and_a_zip(run, tmp_path, monkeypatch):
