@@ -39,9 +39,7 @@ from world import World
 
 from diffecho_utils import DiffEchoError, assets, files, profiles, results
 
-RECORDS = (
-    "strength autoencoders generators memorisation sampling few_steps phase ablations "
-)
+RECORDS = "strength autoencoders generators memorisation sampling few_steps phase ablations "
 RECORDS += (
     "segmentation classification pretrained coverage phantom_realism phantom_ablation gallery "
 )
