@@ -120,21 +120,26 @@ def test_every_picture_is_there_and_not_blank(visits):
     assert shown > 100
 
 
-FIRST_PICTURE = """() => Math.min(...[...document.querySelectorAll('.bd-article img')]
-    .filter(image => image.checkVisibility() && image.clientWidth > 100)
-    .map(image => image.getBoundingClientRect().top + scrollY))"""
+FIRST_RESULT = """kinds => Math.min(...[...document.querySelectorAll('.bd-article .cell_output')]
+    .flatMap(output => [...output.querySelectorAll(kinds)])
+    .filter(result => result.checkVisibility() && result.clientWidth > 100)
+    .map(result => result.getBoundingClientRect().top + scrollY))"""
+SENTENCES = ("09_segmentation", "10_classification")  # begin with what was found, in words
 
 
 @pytest.mark.parametrize("width", [1280, 390])
-def test_a_chapter_begins_with_a_picture(browser, site, visits, width):
-    late = {}
+def test_a_chapter_begins_with_its_result(browser, site, visits, width):
+    """A picture, the table of verdicts, or sentences that say what was found: on the first screen."""
+    tops = {}
     with browser.new_context(viewport={"width": width, "height": 900}) as context:
         for name in visits:
             if name.startswith("notebooks/"):
+                kinds = "p" if Path(name).stem in SENTENCES else "img, table"
                 with context.new_page() as page:
                     page.goto(site + name)
-                    late[name] = page.evaluate(FIRST_PICTURE)
-    assert len(late) >= 11 and not {name: top for name, top in late.items() if top > 900}, late
+                    tops[name] = page.evaluate(FIRST_RESULT, kinds)
+    late = {name: top for name, top in tops.items() if top > 900}
+    assert len(tops) >= 11 and not late, late
 
 
 def test_links_within_the_book_resolve_and_buttons_open_the_page_s_notebook(visits, site):
