@@ -6,6 +6,7 @@ import shutil
 import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
+from pathlib import Path
 from urllib.parse import unquote, urldefrag, urlsplit
 
 import numpy as np
