@@ -92,6 +92,16 @@ def inside(masks, pixels=3):
     return F.max_pool2d(outside, 2 * pixels + 1, 1, pixels)[:, 0] == 0
 
 
+def sector(images, pixels=3, black=-1.0):
+    """Pixels `pixels` within the border of the lit sector: (N, 1, H, W) images in [-1, 1] -> (N, H, W) bool.
+
+    In each row the sector reaches from the first to the last pixel that is brighter than `black`.
+    """
+    lit = images > black
+    dark = ~((lit.cumsum(3) > 0) & (lit.flip(3).cumsum(3).flip(3) > 0))
+    return F.max_pool2d(dark.float(), 2 * pixels + 1, 1, pixels)[:, 0] == 0
+
+
 def speckle_spectrum(images, masks):
     """`radial_spectrum` of what is finer than about five pixels, `inside` label maps, zero outside them."""
     fine = (images - data.blurred(images)) * inside(masks)[:, None]

@@ -7,12 +7,10 @@ to the other training frames is no larger than at 1. Chapters 05 and 06 show it,
 training.json hold the values. 12 minutes on one core.
 """
 
-from dataclasses import replace
-
 import numpy as np
-from world import by_structure, dice_of, draw, kept
+from world import by_structure, dice_of, draw, kept, strengthened
 
-from diffecho_utils import metrics, models
+from diffecho_utils import metrics
 
 SEEDS, SPLIT, USES = [7000], "training", ("segmenter", "autoencoder")
 DIALS = {"text-seg": (1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.4), "sdm": (1.0, 1.25, 1.5, 2.0, 3.0)}
@@ -27,9 +25,7 @@ def compute(world, model, value, frames):
     asked, known = prepared(world, frames)
     generator, guidance = world.generator(model), value
     if model == "text-seg":
-        parts = generator.denoiser
-        stronger = models.TextSegmentationGuided(parts.unet, parts.controlnet, value).eval()
-        generator, guidance = replace(generator, denoiser=stronger), 1.0
+        generator, guidance = strengthened(generator, value), 1.0
     seeds = SEEDS[0] + np.arange(len(asked))
     images = draw(generator, asked, seeds, world.profile.sampling_steps, guidance=guidance)
     return {

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 
@@ -126,12 +127,19 @@ def cached(name, key, make):
 def draw(generator, frames, seeds, steps, solver="DPM-Solver++", spacing=None, **dials):
     """One image for each frame, of which the generator is told what it asks for: (N, 1, S, S).
 
-    spacing: of the timesteps; dials: guidance (default: the generator's) and guidance_interval.
+    spacing: of the timesteps; dials: guidance (default: the generator's), guidance_interval, other prompts.
     """
     spaced = {"timestep_spacing": spacing} if spacing else {}
     scheduler = SOLVERS[solver].from_config(generator.scheduler.config, **spaced)
-    dials = {"guidance": generator.guidance} | dials | sampling.told(generator.model, frames)
+    dials = {"guidance": generator.guidance} | sampling.told(generator.model, frames) | dials
     return sampling.sample(generator, seeds, steps, scheduler=scheduler, **dials)
+
+
+def strengthened(generator, strength, **changes):
+    """A text + segmentation generator whose ControlNet counts `strength` times; changes: other fields."""
+    parts = generator.denoiser
+    denoiser = models.TextSegmentationGuided(parts.unet, parts.controlnet, strength).eval()
+    return replace(generator, denoiser=denoiser, **changes)
 
 
 def patients(frames):

@@ -137,7 +137,7 @@ def test_few_steps_of_the_student_beside_the_teachers(run, tmp_path, monkeypatch
 def test_dials_of_the_phase_reach_the_generator(run, tmp_path, monkeypatch):
     phase = importlib.import_module("phase")
     rows = (
-        "as drawn",
+        "first choice",
         "words without the phase",
         "guided against no words",
         "not guided",
@@ -149,7 +149,7 @@ def test_dials_of_the_phase_reach_the_generator(run, tmp_path, monkeypatch):
     record = results.load(tmp_path / "out" / "phase.json")["values"]
     distances = {row["distance"][0] for row in record["drawn"].values()}
     assert record["frames"] >= 4 and len(distances) == len(rows), "each dial changes the pictures"
-    assert record["drawn"]["strength 1.8"]["dials"] == phase.DRAWN | {"strength": 1.8}
+    assert record["drawn"]["strength 1.8"]["dials"] == phase.FIRST | {"strength": 1.8}
     assert all(0 <= row["phase"][0] <= 1 for row in record["drawn"].values())
 
 

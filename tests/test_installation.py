@@ -104,7 +104,7 @@ def test_package_that_pip_cloned_says_its_commit(tmp_path):
 
 
 def test_setup_installs_the_commit_it_names_and_says_so(checkout, tmp_path, serve):
-    """From an archive that git makes as GitHub does, by the cell itself, without dependencies."""
+    """From an archive that git makes as GitHub does, by the cell's own first lines, without dependencies."""
     root, name = checkout
     archive = tmp_path / "site" / "archive" / f"{name}.zip"
     archive.parent.mkdir(parents=True)

@@ -161,6 +161,20 @@ def test_fine_detail_counts_inside_the_label_maps_only():
     np.testing.assert_allclose(loud - quiet, 20 * np.log10(2), atol=1e-3)
 
 
+def test_the_sector_holds_its_dark_chambers_and_not_its_border():
+    row, column = torch.meshgrid(torch.arange(64), torch.arange(64), indexing="ij")
+    fan = (column - 32).abs() <= row // 2
+    image = torch.where(fan, 0.2, -1.0)
+    image[30:50, 28:36] = -1  # a chamber without an echo
+    assert torch.equal(metrics.sector(image[None, None], pixels=0)[0], fan)
+    within = metrics.sector(image[None, None])[0]
+    assert within[40, 32] and not (within & ~fan).any()
+    border = fan & ~(fan.roll(1, 1) & fan.roll(-1, 1))
+    assert not (within & border).any() and within.sum() > fan.sum() / 2
+    faint = torch.where(fan, 0.2, -0.97)[None, None]  # a surround that is not quite black
+    assert torch.equal(metrics.sector(faint, pixels=0, black=-0.95)[0], fan)
+
+
 def test_region_means_by_hand():
     masks = torch.tensor([[[0, 0, 1], [1, 2, 2]], [[0, 0, 0], [3, 3, 1]]], dtype=torch.uint8)
     images = torch.tensor([[[0.0, 1, 2], [4, -1, 0]], [[0, 3, 0], [1, 0, -1]]])[:, None]

@@ -58,11 +58,11 @@ def _revision():
 
 def pin(notebook, revision):
     """Let a chapter install the package of this tag or commit; False where no cell installs one."""
-    found = 0
-    for cell in notebook.cells:
-        if cell.cell_type == "code" and "%pip install" in cell.source:
-            cell.source, n = re.subn(r"/archive/\S+\.zip", f"/archive/{revision}.zip", cell.source)
-            found += n
+    code = (cell for cell in notebook.cells if cell.cell_type == "code")
+    cell = next((cell for cell in code if "%pip install" in cell.source), None)
+    if cell is None:
+        return False
+    cell.source, found = re.subn(r"/archive/\S+\.zip", f"/archive/{revision}.zip", cell.source)
     return found > 0
 
 
