@@ -12,7 +12,7 @@ from pathlib import Path
 from PIL import Image
 
 LOSSLESS = 60_000  # bytes; what is larger, speckle for the most part, loses what nobody sees
-QUALITY = 90
+QUALITY = 85
 
 UNUSED = (
     r'<link [^>]*href="[^"]*sphinx-thebe\.css[^"]*"[^>]*>',
@@ -51,6 +51,6 @@ def to_webp(path):
     with Image.open(path) as picture:
         picture.save(beside, "WEBP", lossless=True)
         if beside.stat().st_size > LOSSLESS:
-            picture.convert("RGB").save(beside, "WEBP", quality=QUALITY)
+            picture.convert("RGB").save(beside, "WEBP", quality=QUALITY, method=6)
     os.replace(beside, target)
     path.unlink()
