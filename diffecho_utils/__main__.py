@@ -345,7 +345,7 @@ def sample_command(
         maps,
         steps,
         seed=seed,
-        guidance=generator.guidance if guidance is None else guidance,
+        guidance=guidance,
         guidance_interval=guidance_interval,
         solver=solver,
         facts=facts,

@@ -38,7 +38,7 @@ def sample(
     seeds,
     steps,
     *,
-    guidance=1.0,
+    guidance=None,
     guidance_interval=None,
     scheduler=None,
     start=None,
@@ -52,15 +52,16 @@ def sample(
     generator: `checkpoints.Generator`; seeds: N integers, each of which fixes its image's noise whatever
     the batch; conditions as in `CONDITIONS`: classes, N indices into `camus.CLASSES`; prompts, N
     texts; masks, (N, H, W) uint8 label maps. `guidance` weighs the condition against the null
-    condition (Ho and Salimans 2022); 1 leaves it as trained; `guidance_interval`, (low, high), keeps
-    it to those timesteps, both included (Kynkaanniemi et al. 2024). `scheduler` is any diffusers
-    scheduler built from the generator's configuration (one that puts noise in draws it from each
-    image's own stream, if its `step` takes a generator); the default, DPM-Solver++, needs about 20
-    steps. `start`, (images, timestep): pictures to begin with in place of noise, noised to the first of
+    condition (Ho and Salimans 2022); 1 leaves it as trained, None is the generator's own;
+    `guidance_interval`, (low, high), keeps it to those timesteps, both included (Kynkaanniemi et al. 2024).
+    `scheduler` is any diffusers scheduler built from the generator's configuration (one that puts noise in
+    draws it from each image's own stream, if its `step` takes a generator); the default, DPM-Solver++, needs
+    about 20 steps. `start`, (images, timestep): pictures to begin with in place of noise, noised to the first of
     the steps at or below the timestep (Meng et al. 2022). decoded: False leaves the latents as they
     are, (N, C, h, w). `progress(done, total, "images")` is called after each batch. Raises DiffEchoError
     for conditions that are missing, too many or of the wrong size, and for an empty interval.
     """
+    guidance = generator.guidance if guidance is None else guidance
     low, high = check(generator, len(seeds), guidance, guidance_interval, conditions)
     if scheduler is None:
         scheduler = SOLVERS["DPM-Solver++"].from_config(generator.scheduler.config)

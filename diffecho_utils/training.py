@@ -341,9 +341,8 @@ def _pairs(teacher, generator, masks, profile, seed, cache_dir, say, at_once=800
     for i, part in enumerate(pieces):
         first = 2**31 + seed * len(masks) + i * at_once  # no drawn set's
         seeds = range(first, first + len(part))
-        how = {"guidance": generator.guidance, "masks": part}
         key = [made, data.digest([part]), steps, generator.guidance, first]
-        make = partial(sampling.pairs, generator, seeds, steps, **how)
+        make = partial(sampling.pairs, generator, seeds, steps, masks=part)
         found.append(files.cached(cache_dir, "pairs", key, make))
         say(f"pairs of noise and picture: {sum(len(x['noise']) for x in found)} of {len(masks)}")
     return {name: torch.cat([piece[name] for piece in found]) for name in found[0]}

@@ -89,7 +89,7 @@ def sides(generator, index):
     with safe_open(KNOWN, "pt") as file:
         weights = file.get_tensor("side_weights")[CLASS]
     seeds = SEEDS[0] + np.arange(IMAGES)
-    images = sampling.sample(generator, seeds, 20, classes=np.full(IMAGES, index))
+    images = sampling.sample(generator, seeds, 20, guidance=1, classes=np.full(IMAGES, index))
     coarse = F.adaptive_avg_pool2d(images, 16)
     scores = (coarse - coarse.flip(-1))[..., :8].flatten(1) @ weights
     mirrored, light = float((scores < 0).float().mean()), float(127.5 * (1 + images.mean()))

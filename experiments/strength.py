@@ -25,7 +25,7 @@ def compute(world, model, value, frames):
     asked, known = prepared(world, frames)
     generator, guidance = world.generator(model), value
     if model == "text-seg":
-        generator, guidance = strengthened(generator, value), 1.0
+        generator, guidance = strengthened(generator, value), None
     seeds = SEEDS[0] + np.arange(len(asked))
     images = draw(generator, asked, seeds, world.profile.sampling_steps, guidance=guidance)
     return {

@@ -127,11 +127,11 @@ def cached(name, key, make):
 def draw(generator, frames, seeds, steps, solver="DPM-Solver++", spacing=None, **dials):
     """One image for each frame, of which the generator is told what it asks for: (N, 1, S, S).
 
-    spacing: of the timesteps; dials: guidance (default: the generator's), guidance_interval, other prompts.
+    spacing: of the timesteps; dials: guidance, guidance_interval, other prompts.
     """
     spaced = {"timestep_spacing": spacing} if spacing else {}
     scheduler = SOLVERS[solver].from_config(generator.scheduler.config, **spaced)
-    dials = {"guidance": generator.guidance} | sampling.told(generator.model, frames) | dials
+    dials = sampling.told(generator.model, frames) | dials
     return sampling.sample(generator, seeds, steps, scheduler=scheduler, **dials)
 
 
@@ -144,6 +144,12 @@ def strengthened(generator, strength, **changes):
 
 def patients(frames):
     return frames.table["patient"].to_numpy()
+
+
+def thinned(frames, step):
+    """(N,) bool: the frames of every step-th patient. (Every step-th frame would be of one phase alone.)"""
+    owners = patients(frames)
+    return np.isin(owners, list(dict.fromkeys(owners))[::step])
 
 
 def dice_of(segmenter, images, frames):

@@ -134,6 +134,14 @@ def test_few_steps_of_the_student_beside_the_teachers(run, tmp_path, monkeypatch
     assert blurred < 0.9 * sharp
 
 
+@pytest.mark.parametrize("step", [1, 2, 8])
+def test_thinned_frames_keep_every_class(run, frames, step):
+    thinned = importlib.import_module("world").thinned
+    kept = frames.where(thinned(frames, step))
+    assert kept.table["patient"].nunique() == -(-frames.table["patient"].nunique() // step)
+    assert len(set(np.bincount(kept.classes))) == 1
+
+
 def test_dials_of_the_phase_reach_the_generator(run, tmp_path, monkeypatch):
     phase = importlib.import_module("phase")
     rows = (
