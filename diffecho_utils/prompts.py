@@ -65,6 +65,7 @@ _WORDINGS = {
 TEMPLATES = tuple(_WORDINGS)
 _VIEW = {"2CH": "two-chamber", "4CH": "four-chamber"}
 _MOMENT = {"ED": "end-diastole", "ES": "end-systole"}
+_SWAPS = (tuple(_VIEW.values()), tuple(_MOMENT.values()), ("ed phase", "es phase"))
 _QUALITY = ("Good", "Medium", "Poor")
 _LA_SIZES = ("small", "normal", "enlarged")
 
@@ -101,6 +102,12 @@ def make(table, template="clinical", wording=0, seed=0):
                 clauses.append(text.format(value.lower()))
         prompts.append(", ".join(clauses))
     return prompts
+
+
+def opposite(prompt):
+    """The sentence of the other view at the other moment; what names neither stays as it is."""
+    swapped = [(name, other) for pair in _SWAPS for name, other in (pair, pair[::-1])]
+    return re.sub("|".join(name for name, _ in swapped), lambda m: dict(swapped)[m[0]], prompt)
 
 
 def wordings(table, template="clinical", seed=0):

@@ -140,14 +140,15 @@ def by_number(world, encoder, images):
 def by_ef(world, images, frames):
     """{third of the patients by the EF of their label maps: what their frames or images score}."""
     owned = anatomy.patients_ef(frames.masks, frames.table).dropna(subset="ef")
-    thirds, found = np.array_split(owned.sort_values("ef"), 3), {}
+    thirds, found = np.array_split(owned["ef"].argsort(), 3), {}
     seen, known = (
         world.see["classifier"](images),
         metrics.fitted(world.seen("classifier", "training")),
     )
     dice = np.nanmean(dice_of(world.judges[0], images, frames), 1)
     hits = (downstream.classify(world.judges[1], images).argmax(1) == frames.classes).numpy()
-    for name, third in zip(("lowest EF", "middle EF", "highest EF"), thirds, strict=True):
+    for name, ranked in zip(("lowest EF", "middle EF", "highest EF"), thirds, strict=True):
+        third = owned.iloc[ranked]
         rows = np.isin(patients(frames), third["patient"])
         of = {"patients": len(third), "mean EF": third["ef"].mean(), "mean Dice": dice[rows].mean()}
         of |= {"class recognised": hits[rows].mean()}

@@ -41,6 +41,16 @@ def test_missing_facts_are_left_out(rows):
 
 
 @pytest.mark.parametrize("template", prompts.TEMPLATES)
+@pytest.mark.parametrize("wording", range(prompts.WORDINGS))
+def test_the_opposite_is_what_the_other_view_and_moment_would_be_told(rows, template, wording):
+    swaps = {"view": {"2CH": "4CH", "4CH": "2CH"}, "phase": {"ED": "ES", "ES": "ED"}}
+    said = prompts.make(rows, template, wording)
+    other = prompts.make(rows.replace(swaps), template, wording)
+    wanted = said if template == "random" else other  # its words mean nothing
+    assert list(map(prompts.opposite, said)) == wanted
+
+
+@pytest.mark.parametrize("template", prompts.TEMPLATES)
 def test_every_wording_says_it_differently_in_known_words(rows, template):
     ways = [prompts.make(rows, template, wording) for wording in range(prompts.WORDINGS)]
     for texts in zip(*ways, strict=True):

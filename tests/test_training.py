@@ -328,18 +328,18 @@ def test_the_null_condition_is_the_shared_network_and_the_text_model_without_its
 
 
 def test_guidance_weighs_against_what_the_generator_calls_null(trained, frames):
-    """The words alone, as stock pipelines do, or the map as well."""
+    """The words alone, as stock pipelines do, or the map as well, or the sentence of another picture."""
     both, masks = checkpoints.load_generator(trained["text-seg"]), frames.masks[:2]
-    told = {"prompts": ["two chamber view", "four chamber view"], "masks": masks, "decoded": False}
+    said, other = ["two-chamber view", "es phase"], ["four-chamber view", "ed phase"]
+    told = {"prompts": said, "masks": masks, "decoded": False}
     noise, last = sampling.initial_noise([1, 2], both.latent_shape), torch.full((2,), 999)
-    alpha_bar, words, none = (
-        both.scheduler.alphas_cumprod[-1],
-        *map(both.text, (told["prompts"], ["", ""])),
-    )
+    words, none, other = map(both.text, (said, ["", ""], other))
+    alpha_bar = both.scheduler.alphas_cumprod[-1]
     given = both.denoiser(noise, last, text=words, masks=masks)
     nulls = {
         "words": both.denoiser(noise, last, text=none, masks=masks),
         "all": both.denoiser.unet(noise, last, none).sample,
+        "opposite": both.denoiser(noise, last, text=other, masks=masks),
     }
     for null, without in nulls.items():
         drawn = sampling.sample(replace(both, null=null), [1, 2], 1, guidance=2.0, **told)
@@ -347,7 +347,7 @@ def test_guidance_weighs_against_what_the_generator_calls_null(trained, frames):
         clean = alpha_bar**0.5 * noise - (1 - alpha_bar) ** 0.5 * velocity
         torch.testing.assert_close(drawn, clean.detach(), atol=1e-3, rtol=0)
     digests = {synthetic.digest(replace(both, null=null)) for null in nulls}
-    assert len(digests) == 2 and synthetic.digest(both) in digests
+    assert len(digests) == 3 and synthetic.digest(both) in digests
 
 
 def test_a_network_of_all_classes_comes_first_where_the_profile_has_one(
