@@ -55,7 +55,8 @@ class Generator:
     guidance: float = 1.0  # the scale that its training.json recommends
     stretched: bool = False  # whether its frames were stretched to the square, or padded
     classes: tuple[int, ...] = tuple(range(len(camus.CLASSES)))  # indices of what it can draw
-    # Its null condition: without "words", as in stock pipelines; without "all"; of the "opposite" words
+    # Its null condition: without "words", as in stock pipelines; without words and map, "all"; or without
+    # the map and with the words of the "opposite" view and moment
     null: str = "words"
 
     @property

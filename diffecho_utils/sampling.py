@@ -19,8 +19,9 @@ CONDITIONS = {
     "sdm": {"masks"},
 }
 
-# The template of `prompts.make` that each generator which reads prompts draws with: the paper's sentences.
-DRAWING_PROMPTS = {"text": "paper", "text-seg": "paper-seg"}
+# The template of `prompts.make` that is drawn with. The paper's text + segmentation model is not told the phase
+# ("paper-seg"); the map tells it, but told in words as well it shows more often (chapter 05).
+DRAWING_PROMPTS = "paper"
 
 # Chapter 07 writes each of them by hand; build one by `.from_config(generator.scheduler.config)`.
 SOLVERS = {
@@ -145,8 +146,7 @@ def check(generator, n, guidance, interval, conditions):
 def told(model, frames):
     """What a generator of `model` is told of `frames` (data.Frames): the conditions of `sample`."""
     known = {"classes": frames.classes, "masks": frames.masks}
-    if model in DRAWING_PROMPTS:
-        known["prompts"] = prompts.make(frames.table, DRAWING_PROMPTS[model])
+    known["prompts"] = prompts.make(frames.table, DRAWING_PROMPTS)
     return {name: known[name] for name in CONDITIONS[model]}
 
 
@@ -193,6 +193,6 @@ def arguments(generator, device, conditions):
         given["text"], null["text"] = generator.text(texts), generator.text(list(against))
     if "masks" in conditions:
         given["masks"] = null["masks"] = torch.as_tensor(conditions["masks"]).to(device)
-        if "prompts" not in conditions or generator.null == "all":
+        if "prompts" not in conditions or generator.null != "words":
             null["unlabelled"] = torch.ones(len(given["masks"]), dtype=torch.bool, device=device)
     return given, null

@@ -50,7 +50,7 @@ def plan(model, count, frames=None, template=None, classes=(0, 1, 2, 3)):
         table = pd.DataFrame(pairs, columns=["view", "phase"])
     if "prompts" not in conditions:
         return table.assign(prompt=""), masks
-    texts = prompts.make(table, template or sampling.DRAWING_PROMPTS[model])
+    texts = prompts.make(table, template or sampling.DRAWING_PROMPTS)
     return table.assign(prompt=texts), masks
 
 

@@ -13,7 +13,7 @@ from world import by_structure, dice_of, draw, kept, strengthened
 from diffecho_utils import metrics
 
 SEEDS, SPLIT, USES = [7000], "training", ("segmenter", "autoencoder")
-DIALS = {"text-seg": (1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.4), "sdm": (1.0, 1.25, 1.5, 2.0, 3.0)}
+DIALS = {"text-seg": (1.0, 1.2, 1.4, 1.6, 1.8, 2.0), "sdm": (1.0, 1.25, 1.5, 2.0, 3.0)}
 
 
 def rows(world, frames=80):

@@ -145,7 +145,8 @@ def test_thinned_frames_keep_every_class(run, frames, step):
 def test_dials_of_the_phase_reach_the_generator(run, tmp_path, monkeypatch):
     phase = importlib.import_module("phase")
     rows = (
-        "first choice",
+        "as shipped",
+        "words of the other phase",
         "words without the phase",
         "guided against no words",
         "not guided",
@@ -157,7 +158,8 @@ def test_dials_of_the_phase_reach_the_generator(run, tmp_path, monkeypatch):
     record = results.load(tmp_path / "out" / "phase.json")["values"]
     distances = {row["distance"][0] for row in record["drawn"].values()}
     assert record["frames"] >= 4 and len(distances) == len(rows), "each dial changes the pictures"
-    assert record["drawn"]["strength 1.8"]["dials"] == phase.FIRST | {"strength": 1.8}
+    shipped = record["drawn"]["as shipped"]["dials"]
+    assert record["drawn"]["strength 1.8"]["dials"] == shipped | {"strength": 1.8}
     assert all(0 <= row["phase"][0] <= 1 for row in record["drawn"].values())
 
 

@@ -328,7 +328,7 @@ def test_the_null_condition_is_the_shared_network_and_the_text_model_without_its
 
 
 def test_guidance_weighs_against_what_the_generator_calls_null(trained, frames):
-    """The words alone, as stock pipelines do, or the map as well, or the sentence of another picture."""
+    """The words alone, as stock pipelines do, or the map as well, or no map and the opposite words."""
     both, masks = checkpoints.load_generator(trained["text-seg"]), frames.masks[:2]
     said, other = ["two-chamber view", "es phase"], ["four-chamber view", "ed phase"]
     told = {"prompts": said, "masks": masks, "decoded": False}
@@ -339,7 +339,7 @@ def test_guidance_weighs_against_what_the_generator_calls_null(trained, frames):
     nulls = {
         "words": both.denoiser(noise, last, text=none, masks=masks),
         "all": both.denoiser.unet(noise, last, none).sample,
-        "opposite": both.denoiser(noise, last, text=other, masks=masks),
+        "opposite": both.denoiser.unet(noise, last, other).sample,
     }
     for null, without in nulls.items():
         drawn = sampling.sample(replace(both, null=null), [1, 2], 1, guidance=2.0, **told)
