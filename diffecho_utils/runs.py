@@ -11,7 +11,15 @@ import numpy as np
 import pandas as pd
 import torch
 
-from diffecho_utils import DiffEchoError, downstream, intervals, results
+from diffecho_utils import (
+    DiffEchoError,
+    assets,
+    checkpoints,
+    downstream,
+    intervals,
+    results,
+    synthetic,
+)
 
 
 def read(source):
@@ -47,6 +55,14 @@ def read(source):
         else:
             skipped.append(f"{name}: version {found}, this package reads {known}; run again")
     return runs, skipped
+
+
+def earlier(runs):
+    """Which generators drew these runs' synthetic frames with other weights than those shipped now."""
+    drew = {(made["model"], made["generator"]) for run in runs if (made := run["synthetic"])}
+    shipped = {model: assets.checkpoint("camus", model) for model, _ in drew}
+    now = {m: synthetic.digest(checkpoints.load_generator(at)) for m, at in shipped.items()}
+    return sorted({model for model, digest in drew if digest != now[model]})
 
 
 def made(runs):

@@ -11,7 +11,9 @@ from torchmetrics.functional.segmentation import hausdorff_distance
 
 from diffecho_utils import (
     DiffEchoError,
+    assets,
     camus,
+    checkpoints,
     downstream,
     models,
     phantom,
@@ -257,6 +259,14 @@ def test_runs_of_another_version_are_named_and_left_out(tmp_path):
         runs.read(tmp_path / "nothing")
     with pytest.raises(DiffEchoError, match="no record"):
         results.pack(tmp_path / "nothing", tmp_path / "x.zip")
+
+
+def test_runs_know_the_generators_that_have_been_trained_further_since():
+    shipped = checkpoints.load_generator(assets.checkpoint("camus", "sdm"))
+    by = [{"model": "sdm", "generator": synthetic.digest(shipped)}]
+    by += [{"model": "text", "generator": "0" * 16}, None]
+    found = [{"synthetic": made} for made in by]
+    assert runs.earlier(found) == ["text"] and runs.earlier(found[:1]) == []
 
 
 def test_seeds_as_a_mean_with_its_ends_and_intervals_in_words():
