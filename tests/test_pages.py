@@ -69,6 +69,8 @@ class Visit:
             text: document.querySelector('main').innerText,
             links: [...document.querySelectorAll('a[href]')].map(a => a.href),
             anchors: [...document.querySelectorAll('[id], a[name]')].map(e => e.id || e.name),
+            terms: [...document.querySelectorAll('.bd-article a.reference:has(.std-term)')].map(a =>
+                [a.hash, a.title, a.closest('.cell') !== null]),
             pictures: [...document.querySelectorAll('.bd-article img')].map(i => [i.currentSrc, i.alt,
                 i.naturalWidth, i.checkVisibility() || i.closest('details') !== null])})"""
         )
@@ -178,6 +180,13 @@ def test_search_finds_and_terms_show_their_definition(page, site):
     page.goto(site + "book/intro.html")
     title = page.get_attribute("a.reference:has(.std-term)", "title")
     assert title.startswith("What the encoder makes of an image")
+
+
+def test_chapters_link_the_first_use_of_each_term(visits):
+    for name in (name for name in visits if name.startswith("notebooks/")):
+        anchors = [anchor for anchor, _, _ in visits[name].terms]
+        assert len(anchors) >= 5 and len(set(anchors)) == len(anchors), name
+        assert all(title and not in_cell for _, title, in_cell in visits[name].terms), name
 
 
 def luminance(colour):

@@ -1,4 +1,7 @@
-"""Sphinx extension: a link to a term of the glossary shows the term's definition while the pointer is on it."""
+"""Sphinx extension: chapters link the first use of each term, and a link shows the term's definition.
+
+The links are made here and not written in the notebooks, where Colab and JupyterLab could not follow them.
+"""
 
 import re
 
@@ -6,11 +9,51 @@ from docutils import nodes
 from sphinx import addnodes
 
 LONGEST = 300  # characters
+CHAPTERS = "notebooks/"
+# What stays as it is: links, code and formulas, headings, tables, and what a cell puts out
+UNLINKED = (nodes.reference, nodes.literal, nodes.math, nodes.title, nodes.table, nodes.image)
 
 
 def setup(app):
+    app.connect("doctree-resolved", link_first_uses, priority=400)
     app.connect("doctree-resolved", show_definitions)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
+
+
+def link_first_uses(app, doctree, page):
+    """In a chapter, make a link of the first use of each term, in one of its forms, in the running text."""
+    if not page.startswith(CHAPTERS):
+        return
+    objects = app.env.get_domain("std").get_objects()
+    terms = {name: (of, anchor) for name, _, kind, of, anchor, _ in objects if kind == "term"}
+    terms |= {name[0].upper() + name[1:]: at for name, at in terms.items()}
+    longest_first = sorted(map(re.escape, terms), key=len, reverse=True)
+    pattern, linked = re.compile(rf"\b({'|'.join(longest_first)})(?=s?\b)"), set()
+    for text in list(doctree.findall(nodes.Text)):
+        if not running(text):
+            continue
+        parts, end = [], 0
+        for match in pattern.finditer(text):
+            of, anchor = terms[match[0]]
+            if anchor not in linked:
+                linked.add(anchor)
+                uri = f"{app.builder.get_relative_uri(page, of)}#{anchor}"
+                name = nodes.inline("", match[0], classes=["xref", "std", "std-term"])
+                parts += [nodes.Text(text[end : match.start()])]
+                parts += [nodes.reference("", "", name, internal=True, refuri=uri)]
+                end = match.end()
+        if parts:
+            text.parent.replace(text, [*parts, nodes.Text(text[end:])])
+
+
+def running(text):
+    """Whether a text node belongs to a paragraph that somebody wrote."""
+    node, written = text.parent, False
+    while node is not None:
+        if isinstance(node, UNLINKED) or "cell" in node.get("classes", ()):
+            return False
+        written, node = written or isinstance(node, nodes.paragraph), node.parent
+    return written
 
 
 def show_definitions(app, doctree, _):
