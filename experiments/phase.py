@@ -23,8 +23,6 @@ CHANGES = {
     "guided against no words": {"null": "words"},
     "guided against neither": {"null": "all"},
     "not guided": {"guidance": 1.0},
-    "guided more": {"guidance": 2.0},
-    "strength 1": {"strength": 1.0},
     "strength 1.8": {"strength": 1.8},
     "the paper's words, dials at 1": {"template": "paper-seg", "guidance": 1.0, "strength": 1.0},
 }
