@@ -11,6 +11,7 @@ from sphinx import addnodes
 LONGEST = 300  # characters
 CHAPTERS = "notebooks/"
 # What stays as it is: links, code and formulas, headings, tables, and what a cell puts out
+CELLS = {"cell", "cell_output"}  # a folded output has lost its way to the cell
 UNLINKED = (nodes.reference, nodes.literal, nodes.math, nodes.title, nodes.table, nodes.image)
 
 
@@ -50,7 +51,7 @@ def running(text):
     """Whether a text node belongs to a paragraph that somebody wrote."""
     node, written = text.parent, False
     while node is not None:
-        if isinstance(node, UNLINKED) or "cell" in node.get("classes", ()):
+        if isinstance(node, UNLINKED) or CELLS & set(node.get("classes", ())):
             return False
         written, node = written or isinstance(node, nodes.paragraph), node.parent
     return written
