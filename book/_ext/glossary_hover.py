@@ -11,7 +11,6 @@ from sphinx import addnodes
 LONGEST = 300  # characters
 CHAPTERS = "notebooks/"
 # What stays as it is: links, code and formulas, headings, tables, and what a cell puts out
-CELLS = {"cell", "cell_output"}  # a folded output has lost its way to the cell
 UNLINKED = (nodes.reference, nodes.literal, nodes.math, nodes.title, nodes.table, nodes.image)
 
 
@@ -30,9 +29,7 @@ def link_first_uses(app, doctree, page):
     terms |= {name[0].upper() + name[1:]: at for name, at in terms.items()}
     longest_first = sorted(map(re.escape, terms), key=len, reverse=True)
     pattern, linked = re.compile(rf"\b({'|'.join(longest_first)})(?=s?\b)"), set()
-    for text in list(doctree.findall(nodes.Text)):
-        if not running(text):
-            continue
+    for text in running(doctree):
         parts, end = [], 0
         for match in pattern.finditer(text):
             of, anchor = terms[match[0]]
@@ -47,14 +44,17 @@ def link_first_uses(app, doctree, page):
             text.parent.replace(text, [*parts, nodes.Text(text[end:])])
 
 
-def running(text):
-    """Whether a text node belongs to a paragraph that somebody wrote."""
-    node, written = text.parent, False
-    while node is not None:
-        if isinstance(node, UNLINKED) or CELLS & set(node.get("classes", ())):
-            return False
-        written, node = written or isinstance(node, nodes.paragraph), node.parent
-    return written
+def running(doctree):
+    """The text nodes of paragraphs that somebody wrote. Downwards: folded outputs have lost the way up."""
+    apart = lambda node: isinstance(node, UNLINKED) or "cell" in node.get("classes", ())  # noqa: E731
+    left_out = {
+        id(text)
+        for node in doctree.findall(nodes.Element)
+        if apart(node)
+        for text in node.findall(nodes.Text)
+    }
+    found = [text for each in doctree.findall(nodes.paragraph) for text in each.findall(nodes.Text)]
+    return [text for text in found if id(text) not in left_out]
 
 
 def show_definitions(app, doctree, _):
