@@ -57,12 +57,14 @@ def read(source):
     return runs, skipped
 
 
-def earlier(runs):
-    """Which generators drew these runs' synthetic frames with other weights than those shipped now."""
+def outdated(runs):
+    """A sentence that names whose frames, learned from by runs, other weights drew than are shipped now, or ""."""
     drew = {(made["model"], made["generator"]) for run in runs if (made := run["synthetic"])}
     shipped = {model: assets.checkpoint("camus", model) for model, _ in drew}
     now = {m: synthetic.digest(checkpoints.load_generator(at)) for m, at in shipped.items()}
-    return sorted({model for model, digest in drew if digest != now[model]})
+    names = " and ".join(sorted({model for model, digest in drew if digest != now[model]}))
+    text = "were drawn by earlier checkpoints than those shipped now, which other chapters describe"
+    return f"*The frames of {names} {text}.*" if names else ""
 
 
 def made(runs):

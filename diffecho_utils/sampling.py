@@ -187,10 +187,9 @@ def arguments(generator, device, conditions):
         null["classes"] = torch.full_like(given["classes"], -1)
     if "prompts" in conditions:
         texts = list(conditions["prompts"])
-        against = (
-            map(prompts.opposite, texts) if generator.null == "opposite" else [""] * len(texts)
-        )
-        given["text"], null["text"] = generator.text(texts), generator.text(list(against))
+        opposite = generator.null == "opposite"
+        against = [prompts.opposite(text) if opposite else "" for text in texts]
+        given["text"], null["text"] = generator.text(texts), generator.text(against)
     if "masks" in conditions:
         given["masks"] = null["masks"] = torch.as_tensor(conditions["masks"]).to(device)
         if "prompts" not in conditions or generator.null != "words":

@@ -63,10 +63,8 @@ MODELS = {
     "segmenter": (),
     "classifier": (),
 }
-ON_A_BASE = {
-    "text": "paper",
-    "text-seg": "paper-seg",
-}  # and what these read there: the paper's prompts
+# And what these read there: the paper's prompts; text + segmentation also those that it is drawn with.
+ON_A_BASE = {"text": ("paper",), "text-seg": ("paper-seg", sampling.DRAWING_PROMPTS)}
 
 
 @dataclass(frozen=True)
@@ -363,7 +361,7 @@ def _text(model, frames, profile, views, needs, at, lora, settings, say):
     On a base (its folder: `at`) Stable Diffusion's own UNet, whole or by LoRA, or a ControlNet on it, as in
     the paper; else networks of our own.
     """
-    templates = settings.pop("templates", [ON_A_BASE[model]] if at else TRAINING_PROMPTS)
+    templates = settings.pop("templates", ON_A_BASE[model] if at else TRAINING_PROMPTS)
     texts, ids = data.prompt_table(frames, templates)
     copies = len(views["latents"]) // len(frames)
     tensors = {"latents": views["latents"], "prompts": ids.repeat(copies, 1)}

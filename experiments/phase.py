@@ -4,8 +4,9 @@ The map fixes the phase, yet a classifier reads it less often than in real frame
 how the shipped model draws: the words (the paper's own without the phase, clinical ones, those of the other
 phase), what guidance is against (no words; neither words nor map; shipped: no map and the opposite words), its
 scale, and how strongly the ControlNet speaks; the last row has the paper's words and all dials at 1.
-Measured on the frames of every second validation patient, in two runs of seeds: view and phase as the shipped classifier reads
-them, Dice of the shipped segmenter's reading, Frechet distance to the training frames. Half an hour on one core.
+Measured on the frames of every second validation patient, in two runs of seeds: view and phase as the shipped
+classifier reads them, Dice of the shipped segmenter's reading, Frechet distance to the training frames. Record:
+phase (chapter 05). Half an hour on one core.
 """
 
 import numpy as np
@@ -39,8 +40,8 @@ def rows(world, frames=100):
 
 def compute(world, model, frames, seed, template=sampling.DRAWING_PROMPTS, other=False, **dials):
     every, shipped = world.frames("validation"), world.generator(model)
-    dials = {name: getattr(shipped, name) for name in ("null", "guidance")} | dials
-    dials = {"strength": shipped.denoiser.strength} | dials
+    own = {"null": shipped.null, "guidance": shipped.guidance}
+    dials = own | {"strength": shipped.denoiser.strength} | dials
     asked = every.where(thinned(every, max(1, len(every) // frames)))
     told = asked.table["phase"].replace({"ED": "ES", "ES": "ED"} if other else {})
     words = prompts.make(asked.table.assign(phase=told), template)

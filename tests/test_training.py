@@ -342,7 +342,7 @@ def test_guidance_weighs_against_what_the_generator_calls_null(trained, frames):
         "opposite": both.denoiser.unet(noise, last, other).sample,
     }
     for null, without in nulls.items():
-        drawn = sampling.sample(replace(both, null=null), [1, 2], 1, guidance=2.0, **told)
+        drawn = sampling.sample(replace(both, null=null, guidance=2.0), [1, 2], 1, **told)
         velocity = without + 2 * (given - without)
         clean = alpha_bar**0.5 * noise - (1 - alpha_bar) ** 0.5 * velocity
         torch.testing.assert_close(drawn, clean.detach(), atol=1e-3, rtol=0)

@@ -9,15 +9,22 @@ from docutils import nodes
 from sphinx import addnodes
 
 LONGEST = 300  # characters
-CHAPTERS = "notebooks/"
+CHAPTERS, GLOSSARY = "notebooks/", "book/glossary.md"
 # What stays as it is: links, code and formulas, headings, tables, and what a cell puts out
 UNLINKED = (nodes.reference, nodes.literal, nodes.math, nodes.title, nodes.table, nodes.image)
 
 
 def setup(app):
+    app.connect("source-read", follow_the_glossary)
     app.connect("doctree-resolved", link_first_uses, priority=400)
     app.connect("doctree-resolved", show_definitions)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
+
+
+def follow_the_glossary(app, page, _):
+    """Have a page made anew when the glossary or this file changes, and not only when itself does."""
+    for path in (GLOSSARY, __file__):
+        app.env.note_dependency(path)
 
 
 def link_first_uses(app, doctree, page):
@@ -45,16 +52,17 @@ def link_first_uses(app, doctree, page):
 
 
 def running(doctree):
-    """The text nodes of paragraphs that somebody wrote. Downwards: folded outputs have lost the way up."""
-    apart = lambda node: isinstance(node, UNLINKED) or "cell" in node.get("classes", ())  # noqa: E731
-    left_out = {
-        id(text)
-        for node in doctree.findall(nodes.Element)
-        if apart(node)
-        for text in node.findall(nodes.Text)
-    }
+    """The text nodes of the paragraphs that somebody wrote."""
+    unlinked = {id(text) for node in doctree.findall(apart) for text in node.findall(nodes.Text)}
     found = [text for each in doctree.findall(nodes.paragraph) for text in each.findall(nodes.Text)]
-    return [text for text in found if id(text) not in left_out]
+    return [text for text in found if id(text) not in unlinked]
+
+
+def apart(node):
+    """Whether a node is one of `UNLINKED`, or a cell with what it put out."""
+    return isinstance(node, UNLINKED) or (
+        isinstance(node, nodes.Element) and "cell" in node.get("classes", ())
+    )
 
 
 def show_definitions(app, doctree, _):
