@@ -35,11 +35,11 @@ def link_first_uses(app, doctree, page):
     terms = {name: (of, anchor) for name, _, kind, of, anchor, _ in objects if kind == "term"}
     terms |= {name[0].upper() + name[1:]: at for name, at in terms.items()}
     longest_first = sorted(map(re.escape, terms), key=len, reverse=True)
-    pattern, linked = re.compile(rf"\b({'|'.join(longest_first)})(?=s?\b)"), set()
+    pattern, linked = re.compile(rf"\b({'|'.join(longest_first)})s?\b"), set()
     for text in running(doctree):
         parts, end = [], 0
         for match in pattern.finditer(text):
-            of, anchor = terms[match[0]]
+            of, anchor = terms[match[1]]
             if anchor not in linked:
                 linked.add(anchor)
                 uri = f"{app.builder.get_relative_uri(page, of)}#{anchor}"
