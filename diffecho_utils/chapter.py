@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 from dataclasses import replace
 
+import pandas as pd
 import torch
 
 from diffecho_utils import (
@@ -20,11 +21,12 @@ from diffecho_utils import (
 
 
 def begin(name, data_root):
-    """What a chapter works on: (profile, table of frames); prints which they are.
+    """What a chapter works on: (profile, table of frames); prints which they are. Tables cut no sentence short.
 
     name: of a profile; empty: "gpu" where PyTorch finds one, else "cpu". data_root: CAMUS in any form
     that `releases` knows; empty: the profile's phantom, written where it is missing.
     """
+    pd.set_option("display.max_colwidth", None)
     profile = profiles.get(name or ("gpu" if torch.cuda.is_available() else "cpu"))
     table = camus.read_table(releases.official(data_root or phantom_folder(profile)))
     world, patients = table.attrs["world"], table.patient.nunique()

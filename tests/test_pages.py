@@ -213,6 +213,11 @@ def test_dark_theme_switches_and_is_legible(page, site):
         assert (max(pair) + 0.05) / (min(pair) + 0.05) > 4.5
 
 
+def test_no_table_cuts_a_sentence_short(built):
+    for page in (built / "html" / "notebooks").glob("*.html"):
+        assert not re.findall(r"<td>[^<]+\.\.\.</td>", page.read_text()), page.name
+
+
 def test_narrow_screen_has_no_sideways_scroll(browser, site, visits):
     wide = {}
     beyond = "document.scrollingElement.scrollWidth - document.documentElement.clientWidth"
